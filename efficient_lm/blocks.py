@@ -1,0 +1,69 @@
+"""Residual topologies: how mixer and FFN meet the residual stream. x [B, T, d] throughout.
+
+Every branch is multiplied by `branch_multiplier(model)`, which is 1 unless depth scaling is on.
+"""
+
+from flax import nnx
+
+from efficient_lm.ffn import FFNS
+from efficient_lm.layers import branch_multiplier
+from efficient_lm.mixers import MIXERS
+from efficient_lm.norms import NORMS
+from efficient_lm.registry import Registry
+
+RESIDUALS = Registry("residual topology")
+
+
+class Block(nnx.Module):
+    """A mixer and an FFN with their norms; subclasses say where the norms stand."""
+
+    inner_norms = False
+
+    def __init__(self, model, names: tuple[str, str], make):
+        mixer, ffn = model.mixers[names[0]], model.ffns[names[1]]
+        self.multiplier = branch_multiplier(model)
+        self.mixer = MIXERS[mixer.kind](mixer, model, make)
+        self.ffn = FFNS[ffn.kind](ffn, model, make) if FFNS[ffn.kind].present else None
+
+        def norm():
+            return NORMS[model.norm](make, model.d_model, model.norm_eps)
+
+        self.mixer_norm = norm()
+        self.ffn_norm = norm() if self.ffn is not None else None
+        self.mixer_out_norm = norm() if self.inner_norms else None
+        self.ffn_out_norm = norm() if self.inner_norms and self.ffn is not None else None
+
+    def __call__(self, x, ctx):
+        """x, ctx -> x, aux."""
+        y, aux = self.mixer(self.mixer_norm(x), ctx)
+        x = self._add(x, y, self.mixer_out_norm)
+        if self.ffn is not None:
+            y, more = self.ffn(self.ffn_norm(x), ctx)
+            x, aux = self._add(x, y, self.ffn_out_norm), aux | more
+        return x, aux
+
+    def step(self, x, state):
+        """One token: x [B, d], mixer state -> x, state."""
+        y, state = self.mixer.step(self.mixer_norm(x), state)
+        x = self._add(x, y, self.mixer_out_norm)
+        if self.ffn is not None:
+            y, _ = self.ffn(self.ffn_norm(x[:, None]), None)
+            x = self._add(x, y[:, 0], self.ffn_out_norm)
+        return x, state
+
+    def _add(self, x, y, out_norm):
+        if out_norm is not None:
+            y = out_norm(y)
+        return x + y if self.multiplier == 1 else x + self.multiplier * y
+
+
+@RESIDUALS.register("pre")
+class PreNorm(Block):
+    """x + f(norm(x))."""
+
+
+@RESIDUALS.register("sandwich")
+class Sandwich(Block):
+    """x + norm(f(norm(x))), the outer norm inside the branch (Peri-LN 2502.02732)."""
+
+    inner_norms = True

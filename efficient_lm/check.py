@@ -1,0 +1,62 @@
+"""Checks of a config that need the registries or more than one field; part of `config.from_dict`."""
+
+import dataclasses
+
+from efficient_lm import blocks, ffn, mixers, norms
+from efficient_lm.layers import layer_specs
+from efficient_lm.schema import ConfigError, build, nearest
+
+
+def resolve(config):
+    """`config` with `model.mixers` and `model.ffns` as typed settings of the blocks in use. Raises ConfigError."""
+    model = config.model
+    if not model.pattern:
+        raise ConfigError("config.model.pattern = (): must name at least one block, for example ('attention',)")
+    norms.NORMS.find(model.norm, "config.model.norm")
+    blocks.RESIDUALS.find(model.residual, "config.model.residual")
+    used = layer_specs(model)
+    if len(model.prefix) > model.n_layers:
+        raise ConfigError(f"config.model.prefix = {model.prefix}: has more blocks than n_layers = {model.n_layers}")
+    model = dataclasses.replace(
+        model,
+        mixers=_sections(model.mixers, [mixer for mixer, _ in used], mixers.MIXERS, "config.model.mixers"),
+        ffns=_sections(model.ffns, [name for _, name in used], ffn.FFNS, "config.model.ffns"),
+    )
+    for name, settings in model.mixers.items():
+        mixers.MIXERS[settings.kind].check(settings, model, f"config.model.mixers.{name}")
+    for name, settings in model.ffns.items():
+        ffn.FFNS[settings.kind].check(settings, model, f"config.model.ffns.{name}")
+    _check_train(config)
+    return dataclasses.replace(config, model=model)
+
+
+def _sections(given, used, registry, path):
+    """Typed settings for each name used; a name without a section is the registered entry with defaults."""
+    typed = {}
+    for name in dict.fromkeys(used):
+        values = given.get(name, {})
+        if dataclasses.is_dataclass(values):
+            typed[name] = values
+            continue
+        kind = values.get("kind", name) if hasattr(values, "get") else name
+        if kind not in registry:
+            where = f"{path}.{name}.kind" if kind != name else "config.model.pattern"
+            raise ConfigError(f"{where} = {kind!r}: no such {registry.what}; {nearest(kind, [*registry, *given])}")
+        typed[name] = build(registry[kind].Config, {**values, "kind": kind}, f"{path}.{name}")
+    return typed
+
+
+def _check_train(config):
+    train, mesh = config.train, config.mesh
+    if train.batch_size % train.grad_accum:
+        raise ConfigError(
+            f"config.train.grad_accum = {train.grad_accum}: must divide train.batch_size = {train.batch_size}"
+        )
+    rows = train.batch_size // train.grad_accum
+    if rows % mesh.fsdp:
+        raise ConfigError(f"config.mesh.fsdp = {mesh.fsdp}: must divide batch_size / grad_accum = {rows}")
+    if config.optim.warmup + config.optim.decay > 1 and config.optim.schedule in ("wsd", "linear"):
+        raise ConfigError(
+            f"config.optim.decay = {config.optim.decay}: warmup + decay must be at most 1 (warmup = "
+            f"{config.optim.warmup})"
+        )

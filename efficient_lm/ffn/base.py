@@ -1,0 +1,61 @@
+"""The FFN contract, the twin of mixers/base.py without time: y_t depends on x_t only."""
+
+from dataclasses import dataclass
+
+from flax import nnx
+
+from efficient_lm.flops import Flops
+from efficient_lm.registry import Registry
+from efficient_lm.schema import setting
+
+FFNS = Registry("ffn")
+
+
+@dataclass(frozen=True)
+class FFNConfig:
+    """Settings common to all FFNs."""
+
+    kind: str = setting("", "registered ffn; '' = the name of the section")
+
+
+class FFN(nnx.Module):
+    """Base class; `present` False means that the block has no FFN sub-layer at all."""
+
+    Config = FFNConfig
+    present = True
+
+    def __init__(self, cfg, model, make):
+        """Create parameters with `make` (layers.Maker)."""
+
+    def __call__(self, x, ctx):
+        """x [B, T, d] -> y [B, T, d], aux {name: scalar}."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, cfg, model, path: str) -> None:
+        """Raise ConfigError where `cfg` can't be used in `model`."""
+
+    @staticmethod
+    def flops_per_token(cfg, model) -> Flops:
+        """Forward FLOPs per token."""
+        raise NotImplementedError
+
+    @staticmethod
+    def param_count(cfg, model) -> int:
+        """Number of parameters of one layer."""
+        raise NotImplementedError
+
+
+@FFNS.register("none")
+class NoFFN(FFN):
+    """For blocks that are a mixer alone (Mamba)."""
+
+    present = False
+
+    @staticmethod
+    def flops_per_token(cfg, model):
+        return Flops()
+
+    @staticmethod
+    def param_count(cfg, model):
+        return 0

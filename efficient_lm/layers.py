@@ -1,0 +1,96 @@
+"""What every block is made of: parameter creation with roles, linear maps, the per-call context.
+
+A parameter has a role, which decides its initial scale and its learning-rate multiplier under muP
+(2203.03466; depth part 2505.01618):
+  embedding  token table                         std const, lr x 1
+  hidden     matrix whose fan_in grows with d     std 1/sqrt(fan_in), lr x 1/m
+  fixed      matrix whose fan_in does not grow    std 1/sqrt(fan_in), lr x 1
+  output     logits head                          std const, logits x 1/m, lr x 1
+  vector     norms, biases, gates, decays         lr x 1, no weight decay
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ROLES = ("embedding", "hidden", "fixed", "output", "vector")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a block sees beside x: segment_ids [B, T] (0 = padding), positions [B, T], and a carry.
+
+    `carry` is a dict passed from block to block for information that crosses layers.
+    """
+
+    segment_ids: jax.Array | None = None
+    positions: jax.Array | None = None
+    carry: dict[str, Any] = field(default_factory=dict)
+
+
+jax.tree_util.register_dataclass(Context, data_fields=["segment_ids", "positions", "carry"], meta_fields=[])
+
+
+def layer_specs(model) -> list[tuple[str, str]]:
+    """(mixer name, ffn name) of each of the `n_layers` blocks."""
+    prefix = list(model.prefix)
+    body = [model.pattern[i % len(model.pattern)] for i in range(model.n_layers - len(prefix))]
+    return [_split(name) for name in prefix + body]
+
+
+def _split(name):
+    mixer, _, ffn = name.partition("/")
+    return mixer, ffn or "dense"
+
+
+def width_multiplier(model) -> float:
+    """muP's m = d_model / base_width; 1 under the standard parametrisation."""
+    return model.d_model / model.base_width if model.parametrization == "mup" else 1.0
+
+
+def branch_multiplier(model) -> float:
+    """CompleteP's (L / L0)^-alpha on residual branches; 1 when depth scaling is off."""
+    return (model.n_layers / model.base_depth) ** -model.depth_alpha if model.base_depth else 1.0
+
+
+class Maker:
+    """Creates the parameters of one block: `make.matrix(...)`, `make.vector(...)` from a key of its own."""
+
+    def __init__(self, key: jax.Array, model, layer: int = 0):
+        self.key, self.model, self.layer = key, model, layer
+
+    def next_key(self) -> jax.Array:
+        self.key, key = jax.random.split(self.key)
+        return key
+
+    def matrix(self, d_in: int, d_out: int, *, role: str = "hidden", scale: float = 1.0) -> nnx.Param:
+        """[d_in, d_out] normal; std `init_std`, or 1/sqrt(d_in) when that is 0, times `scale`."""
+        if self.model.init_std and role == "hidden":
+            std = self.model.init_std / width_multiplier(self.model) ** 0.5
+        else:
+            std = d_in**-0.5
+        return nnx.Param(scale * std * jax.random.normal(self.next_key(), (d_in, d_out)), role=role)
+
+    def table(self, rows: int, width: int, role: str) -> nnx.Param:
+        """[rows, width] normal with std 1/sqrt(width), of the base width under muP."""
+        std = (self.model.base_width if self.model.parametrization == "mup" else width) ** -0.5
+        return nnx.Param(std * jax.random.normal(self.next_key(), (rows, width)), role=role)
+
+    def vector(self, value) -> nnx.Param:
+        """A parameter with a given initial value, without weight decay."""
+        return nnx.Param(jnp.asarray(value, jnp.float32), role="vector")
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b). W is cast to the dtype of x."""
+
+    def __init__(self, make: Maker, d_in: int, d_out: int, *, role="hidden", scale=1.0, bias=False):
+        self.kernel = make.matrix(d_in, d_out, role=role, scale=scale)
+        self.bias = make.vector(jnp.zeros(d_out)) if bias else None
+
+    def __call__(self, x):
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)

@@ -1,0 +1,70 @@
+"""The mixer contract: sequence mixing, one file per mixer.
+
+A mixer file has a frozen config dataclass (subclass of `MixerConfig`) and a `Mixer` subclass registered with
+`@MIXERS.register("name")` whose `Config` is that dataclass. Being registered buys the conformance suite
+(tests/conformance/test_mixers.py): shapes and dtypes, no leak of the future, batch independence, chunked = step by
+step, document resets = separate sequences, gradients against float64, parameters and FLOPs as declared,
+sharded = one device, and a short run whose loss falls.
+"""
+
+from dataclasses import dataclass
+
+from flax import nnx
+
+from efficient_lm.flops import Flops
+from efficient_lm.registry import Registry
+from efficient_lm.schema import setting
+
+MIXERS = Registry("mixer")
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """Settings common to all mixers."""
+
+    kind: str = setting("", "registered mixer; '' = the name of the section")
+
+
+class Mixer(nnx.Module):
+    """Base class. `cfg` is the mixer's own config, `model` the ModelConfig (for d_model, norm_eps, ...)."""
+
+    Config = MixerConfig
+
+    def __init__(self, cfg, model, make):
+        """Create parameters with `make` (layers.Maker; `make.layer` is the 0-based layer)."""
+
+    def __call__(self, x, ctx):
+        """x [B, T, d], ctx layers.Context -> y [B, T, d], aux {name: scalar}.
+
+        Must not look at later tokens or, where ctx.segment_ids differ, at other documents. An aux entry whose
+        name ends in `_loss` is added to the training loss; the others are logged. A mixer that shares something
+        with later layers puts it into ctx.carry under a key of its own (and must do so in every layer).
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch: int, max_len: int):
+        """Decoding state before the first token: a pytree of arrays with leading axis `batch`."""
+        raise NotImplementedError
+
+    def step(self, x, state):
+        """One token: x [B, d], state -> y [B, d], state."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, cfg, model, path: str) -> None:
+        """Raise ConfigError where `cfg` can't be used in `model`; `path` leads the message."""
+
+    @staticmethod
+    def flops_per_token(cfg, model, seq_len: int) -> Flops:
+        """Forward FLOPs per token at training length `seq_len`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def param_count(cfg, model) -> int:
+        """Number of parameters of one layer."""
+        raise NotImplementedError
+
+    @staticmethod
+    def state_bytes(cfg, model, seq_len: int) -> int:
+        """Bytes of decoding state per sequence after `seq_len` tokens, in the dtypes that `init_state` uses."""
+        raise NotImplementedError

@@ -1,0 +1,236 @@
+"""The language model: tokens -> logits. Parameters are a plain nested dict of float32 arrays.
+
+    params = {"embed": {"table"}, "prefix": {"0": {...}}, "pattern": {"0": {...}, "1": {...}}, "tail": {...},
+              "final_norm": {...}, "head": {"table"}}
+Blocks of "pattern" carry a leading axis over repeats, which `lax.scan` walks; "prefix" and "tail" blocks do not.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_lm.blocks import RESIDUALS
+from efficient_lm.layers import Context, Maker, layer_specs, width_multiplier
+from efficient_lm.norms import NORMS
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Embedding(nnx.Module):
+    """A [vocab_size, d_model] table, for tokens or for logits."""
+
+    def __init__(self, make, model, role):
+        self.table = make.table(model.vocab_size, model.d_model, role)
+
+
+class LM:
+    """A decoder-only LM described by a resolved ModelConfig. Holds no arrays."""
+
+    def __init__(self, model):
+        self.model = model
+        self.dtype = jnp.dtype(model.dtype)
+        specs = layer_specs(model)
+        start, period = len(model.prefix), len(model.pattern)
+        self.repeats = (model.n_layers - start) // period
+        tail = start + self.repeats * period
+        # group -> {block name: layer of its first (or only) occurrence}
+        self.groups = {
+            "prefix": {str(i): i for i in range(start)},
+            "pattern": {str(i): start + i for i in range(period)} if self.repeats else {},
+            "tail": {str(i): tail + i for i in range(model.n_layers - tail)},
+        }
+        block = RESIDUALS[model.residual]
+        self.parts = {"embed": self._part(lambda make: Embedding(make, model, "embedding"))}
+        for group, blocks in self.groups.items():
+            for name, layer in blocks.items():
+                create = functools.partial(block, model, specs[layer])
+                self.parts[f"{group}/{name}"] = self._part(create, layer)
+        self.parts["final_norm"] = self._part(lambda make: NORMS[model.norm](make, model.d_model, model.norm_eps))
+        if not model.tie_embeddings:
+            self.parts["head"] = self._part(lambda make: Embedding(make, model, "output"))
+        self.logit_scale = 1.0 / width_multiplier(model)
+
+    def _part(self, create, layer=0):
+        return Part(lambda key, layer=layer: create(Maker(key, self.model, layer)), layer)
+
+    # ------------------------------------------------------------------ parameters
+
+    def init(self, key: jax.Array) -> dict:
+        """Parameters from a PRNG key."""
+        params = {}
+        for index, (path, part) in enumerate(self.parts.items()):
+            part_key = jax.random.fold_in(key, index)
+            if path.startswith("pattern/"):
+                layers = [
+                    part.init(jax.random.fold_in(part_key, r), part.layer + r * len(self.model.pattern))
+                    for r in range(self.repeats)
+                ]
+                _set(params, path, jax.tree.map(lambda *xs: jnp.stack(xs), *layers))
+            else:
+                _set(params, path, part.init(part_key, part.layer))
+        return params
+
+    def shapes(self) -> dict:
+        """Parameters as jax.ShapeDtypeStruct."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def roles(self) -> dict:
+        """The role (layers.ROLES) of every parameter, a tree like `init`'s."""
+        roles = {}
+        for path, part in self.parts.items():
+            _set(roles, path, part.roles())
+        return roles
+
+    # ------------------------------------------------------------------ parallel form
+
+    def __call__(self, params, tokens, segment_ids=None, positions=None, constrain=lambda x: x):
+        """tokens [B, T] -> logits [B, T, vocab_size] float32, aux {name: scalar, mean over layers}.
+
+        segment_ids [B, T]: tokens with different ids don't see each other (0 = padding); positions [B, T] default
+        to 0..T-1. `constrain` is applied to the residual stream (a sharding constraint).
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        ctx = Context(segment_ids, positions, {})
+        x = constrain(self._embed(params, tokens))
+        stats = []
+        for name in self.groups["prefix"]:
+            x, ctx, aux = self._block("prefix", name, params["prefix"][name], x, ctx, constrain)
+            stats.append(jax.tree.map(lambda a: a[None], aux))
+        if self.repeats:
+            x, ctx, auxes = self._scan(params["pattern"], x, ctx, constrain)
+            stats += auxes
+        for name in self.groups["tail"]:
+            x, ctx, aux = self._block("tail", name, params["tail"][name], x, ctx, constrain)
+            stats.append(jax.tree.map(lambda a: a[None], aux))
+        return self._logits(params, x), _mean_over_layers(stats)
+
+    def _block(self, group, name, params, x, ctx, constrain):
+        block = self.parts[f"{group}/{name}"].bind(params)
+        ctx = Context(ctx.segment_ids, ctx.positions, dict(ctx.carry))
+        x, aux = block(x, ctx)
+        return constrain(x), ctx, aux
+
+    def _scan(self, params, x, ctx, constrain):
+        def body(state, layer_params):
+            x, ctx = state
+            auxes = []
+            for name in self.groups["pattern"]:
+                x, ctx, aux = self._block("pattern", name, layer_params[name], x, ctx, constrain)
+                auxes.append(aux)
+            return (x, ctx), auxes
+
+        if self.model.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.model.remat], prevent_cse=False)
+        unroll = self.model.scan_unroll or (self.repeats if jax.default_backend() == "cpu" else 1)
+        (x, ctx), auxes = jax.lax.scan(body, (x, ctx), params, unroll=min(unroll, self.repeats))
+        return x, ctx, auxes
+
+    def _embed(self, params, tokens):
+        return params["embed"]["table"][tokens].astype(self.dtype)
+
+    def _logits(self, params, x):
+        x = self.parts["final_norm"].bind(params["final_norm"])(x)
+        table = params["embed" if self.model.tie_embeddings else "head"]["table"].astype(self.dtype)
+        logits = jnp.matmul(x, table.T, preferred_element_type=jnp.float32) * self.logit_scale
+        cap = self.model.logit_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
+    # ------------------------------------------------------------------ step by step
+
+    def init_state(self, params, batch: int, max_len: int) -> dict:
+        """Decoding state for `batch` sequences of at most `max_len` tokens."""
+        state = {}
+        for group, name, part in self._blocks():
+            mixer = part.bind(self._first(params, group, name)).mixer
+            one = mixer.init_state(batch, max_len)
+            if group == "pattern":
+                one = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeats, *a.shape)), one)
+            _set(state, f"{group}/{name}", one)
+        return state
+
+    def step(self, params, tokens, state):
+        """One token per sequence: tokens [B] -> logits [B, vocab_size], state."""
+        x, state = self._embed(params, tokens), jax.tree.map(lambda a: a, state)
+        for group in ("prefix", "pattern", "tail"):
+            if group == "pattern" and self.repeats:
+                x, state["pattern"] = jax.lax.scan(self._step_repeat, x, (params["pattern"], state["pattern"]))
+                continue
+            for name in self.groups[group]:
+                block = self.parts[f"{group}/{name}"].bind(params[group][name])
+                x, state[group][name] = block.step(x, state[group][name])
+        return self._logits(params, x), state
+
+    def _step_repeat(self, x, inputs):
+        params, state = inputs
+        new = {}
+        for name in self.groups["pattern"]:
+            x, new[name] = self.parts[f"pattern/{name}"].bind(params[name]).step(x, state[name])
+        return x, new
+
+    def _blocks(self):
+        for group, blocks in self.groups.items():
+            for name in blocks:
+                yield group, name, self.parts[f"{group}/{name}"]
+
+    def _first(self, params, group, name):
+        block = params[group][name]
+        return jax.tree.map(lambda a: a[0], block) if group == "pattern" else block
+
+
+class Part:
+    """One NNX module as (graph, plain dict): `init` makes the dict, `bind` puts a dict back into a module."""
+
+    def __init__(self, create, layer):
+        self.create, self.layer = create, layer
+
+    @functools.cached_property
+    def _split(self):
+        # Abstract, so that a module costs no memory; nnx.split would otherwise hold the arrays.
+        return nnx.split(nnx.eval_shape(lambda: self.create(jax.random.key(0))))
+
+    def init(self, key, layer):
+        return _plain(nnx.split(self.create(key, layer))[1])
+
+    def roles(self):
+        _, state = self._split
+        return nnx.to_pure_dict(nnx.map_state(lambda _, var: var.get_metadata()["role"], state))
+
+    def bind(self, params):
+        graph, state = self._split
+        expected = jax.tree.structure(_plain(state))
+        if jax.tree.structure(params) != expected:
+            raise ValueError(
+                f"parameters do not fit the module: expected {expected}, got {jax.tree.structure(params)}"
+            )
+        state = jax.tree.map(lambda a: a, state)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)
+
+
+def _plain(state):
+    return nnx.to_pure_dict(state)
+
+
+def _set(tree, path, value):
+    *parents, last = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = value
+
+
+def _mean_over_layers(stats):
+    """[{name: [layers]}] -> {name: mean}; a name ending in _loss is summed, since every layer adds its own."""
+    collected = {}
+    for aux in stats:
+        for name, values in aux.items():
+            collected.setdefault(name, []).append(jnp.ravel(values))
+    return {
+        name: (jnp.sum if name.endswith("_loss") else jnp.mean)(jnp.concatenate(values))
+        for name, values in collected.items()
+    }

@@ -1,0 +1,15 @@
+"""Shared by all tests: 8 emulated CPU devices, persistent compile cache, strict rank promotion."""
+
+import os
+from pathlib import Path
+
+# Before JAX starts: multi-device tests run on emulated devices.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
