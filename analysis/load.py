@@ -1,0 +1,319 @@
+"""Run stores, CSV and parquet files and data frames -> one checked table of runs.
+
+A row that a fit does not use is never dropped in silence: it moves to `Table.excluded` with the reason.
+Column names are those of the laws: `N` parameters, `D` training tokens, `C` training FLOPs, `loss` nats per token.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+N_ACCOUNTING = {"nonemb_head": "N_nonemb_head", "nonemb": "N_nonemb", "total": "N_total"}
+C_ACCOUNTING = {"model_causal": "C_model_causal", "model_full": "C_model_full", "6nd": "C_6nd", "hardware": "C_hardware"}
+STATUSES = {"done", "running", "preempted", "diverged", "failed", "planned", "unreadable"}
+
+
+class DataError(ValueError):
+    """A table that cannot be used; the message is one line that names the column and the row."""
+
+
+@dataclass
+class Table:
+    """Runs to fit (`rows`) and runs left out (`excluded`, with a column `reason`), with every filter applied."""
+
+    rows: pd.DataFrame
+    excluded: pd.DataFrame
+    source: str
+    filters: list[str] = field(default_factory=list)
+
+    def exclude(self, mask, reason) -> None:
+        """Moves the rows under the boolean `mask` [rows] to `excluded`; `reason` is a string or a function of the row."""
+        out = self.rows[mask].copy()
+        out["reason"] = [reason(row) if callable(reason) else reason for _, row in out.iterrows()]
+        if len(out):
+            self.excluded = pd.concat([self.excluded, out]) if len(self.excluded) else out
+        self.rows = self.rows[~mask]
+
+    def take(self, mask: pd.Series) -> "Table":
+        """The same table restricted to the rows under `mask` [rows] (no exclusion is recorded)."""
+        return Table(self.rows[mask], self.excluded, self.source, list(self.filters))
+
+    def groups(self, column: str) -> dict[str, "Table"]:
+        """One table per value of `column`, in order of first appearance; excluded rows go with their value."""
+        if column not in self.rows:
+            return {"all": self}
+        values = pd.concat([self.rows, self.excluded])[column].dropna().drop_duplicates()
+        out = {}
+        for value in values:
+            excluded = self.excluded
+            if column in excluded:
+                excluded = excluded[excluded[column] == value]
+            out[str(value)] = Table(self.rows[self.rows[column] == value], excluded, self.source, list(self.filters))
+        return out
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def load_runs(store, *, n: str = "nonemb_head", c: str = "model_causal") -> pd.DataFrame:
+    """Every run of a store `runs/NAME/*/run.json` as one row, whatever its status.
+
+    Columns: run_id, name, status, reason, N, D, C, loss, bpb, seed, wall_seconds, `N_*` and `C_*` under the other
+    accountings, `data` (what was trained on, to notice losses that cannot be compared) and one per sweep axis.
+    Planned cells that were never started (from `sweep.json`) have the status `planned`.
+
+    Args:
+      n: which parameters `N` counts: nonemb_head (all but the input embedding), nonemb, total.
+      c: which FLOPs `C` counts: model_causal, model_full, hardware, 6nd.
+    """
+    store = Path(store)
+    if n not in N_ACCOUNTING or c not in C_ACCOUNTING:
+        raise DataError(f"n={n!r}, c={c!r}: allowed are n in {sorted(N_ACCOUNTING)}, c in {sorted(C_ACCOUNTING)}")
+    if not store.is_dir():
+        raise DataError(f"store {store} is not a directory")
+    rows = [_run_row(path) for path in sorted(store.iterdir()) if path.is_dir()]
+    rows = [row for row in rows if row]
+    known = {row["run_id"] for row in rows}
+    rows += [row for row in _planned_rows(store) if row["run_id"] not in known]
+    if not rows:
+        raise DataError(f"store {store} holds no run (no */run.json)")
+    frame = pd.DataFrame(rows)
+    for column in [*N_ACCOUNTING.values(), *C_ACCOUNTING.values(), "D", "loss", "bpb"]:
+        frame[column] = pd.to_numeric(frame.get(column), errors="coerce")
+    frame["N"], frame["C"] = frame[N_ACCOUNTING[n]], frame[C_ACCOUNTING[c]]
+    first = ["run_id", "name", "status", "reason", "N", "D", "C", "loss", "bpb", "seed", "wall_seconds"]
+    return frame[[*first, *(k for k in frame if k not in first)]]
+
+
+def _run_row(path: Path) -> dict | None:
+    try:
+        run = json.loads((path / "run.json").read_text())
+        if not isinstance(run, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError:
+        if not (path / "config.json").exists():
+            return None
+        return {"run_id": path.name, "status": "unreadable", "reason": "no run.json (killed before the first write)"}
+    except ValueError as err:
+        return {"run_id": path.name, "status": "unreadable", "reason": f"run.json is not valid JSON ({err})"}
+    params, flops, data = (run.get(key) or {} for key in ("params", "flops", "data"))
+    spec = [str(data[key]) for key in ("name", "tokenizer", "tokenizer_hash", "vocab_size") if data.get(key)]
+    row = {
+        "run_id": run.get("run_id", path.name),
+        "name": run.get("name"),
+        "status": run.get("status", "unreadable"),
+        "reason": run.get("reason"),
+        "steps_done": run.get("steps_done"),
+        "steps_total": run.get("steps_total"),
+        "N_total": params.get("total"),
+        "N_nonemb": params.get("non_embedding"),
+        "N_active": params.get("active"),
+        "D": run.get("tokens"),
+        "loss": run.get("final_loss"),
+        "bpb": run.get("final_bpb"),
+        "seed": run.get("seed"),
+        "wall_seconds": run.get("wall_seconds"),
+        "data": " ".join(spec),
+    }
+    if params.get("non_embedding") is not None:
+        row["N_nonemb_head"] = params["non_embedding"] + (params.get("head") or 0)
+    row |= {"C_" + key.replace("6n", "6nd"): value for key, value in flops.items()}
+    return row | {key: value for key, value in (run.get("sweep") or {}).items() if key not in row}
+
+
+def _planned_rows(store: Path) -> list[dict]:
+    try:
+        sweep = json.loads((store / "sweep.json").read_text())
+        cells = sweep.get("cells") or sweep.get("planned") or []
+    except (FileNotFoundError, ValueError, AttributeError):
+        return []
+    rows = []
+    for cell in cells:
+        axes = {key: value for key, value in (cell.get("axes") or {}).items() if np.isscalar(value)}
+        rows.append({"name": axes.get("arch"), **axes, "run_id": cell.get("run_id"), "status": "planned", "D": cell.get("tokens")})
+    return rows
+
+
+def load_curves(store, kind: str = "train") -> pd.DataFrame:
+    """Learning curves of one run directory or of all runs of a store, with a column `run_id`.
+
+    A run that was killed and resumed repeats some (kind, step): the last occurrence counts. A line that is not
+    complete JSON (torn by a kill) is ignored.
+    """
+    store = Path(store)
+    runs = [store] if (store / "metrics.jsonl").exists() else sorted(p for p in store.iterdir() if p.is_dir())
+    rows = []
+    for run in runs:
+        last = {}
+        path = run / "metrics.jsonl"
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and row.get("kind") == kind and "step" in row:
+                last[row["step"]] = {"run_id": run.name, **row}
+        rows += [last[step] for step in sorted(last)]
+    return pd.DataFrame(rows, columns=None if rows else ["run_id", "kind", "step", "tokens", "flops", "loss"])
+
+
+def read(data, *, n: str = "nonemb_head", c: str = "model_causal") -> tuple[pd.DataFrame, str]:
+    """Reads a run store (directory), CSV (also .gz), parquet or data frame; returns the frame and what to call it."""
+    if isinstance(data, pd.DataFrame):
+        return data.copy() if data.index.is_unique else data.reset_index(drop=True), "data frame"
+    path = Path(data)
+    if path.is_dir():
+        return load_runs(path, n=n, c=c), str(data)
+    if not path.exists():
+        raise DataError(f"data {str(data)!r} does not exist: give a CSV or parquet file, or a run store (directory)")
+    try:
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except Exception as err:  # every reader has its own error classes; the user needs one line
+        raise DataError(f"cannot read {data}: {str(err).splitlines()[0]}") from err
+    if frame.empty:
+        raise DataError(f"{data} has no rows")
+    frame.index = pd.RangeIndex(1, len(frame) + 1, name="row")
+    return frame, str(data)
+
+
+# ------------------------------------------------------------------------------------- renaming, filters
+
+
+def rename(frame: pd.DataFrame, columns) -> pd.DataFrame:
+    """Adds columns from `{"N": "params", "D": "C/(6*N)"}` or "N=params,D=C/(6*N)": an existing name or an expression.
+
+    Entries are applied in order, so that a later expression can use an earlier name.
+    """
+    if isinstance(columns, str):
+        pairs = [item.partition("=") for item in re.split(r",(?=\s*\w+\s*=[^=])", columns)]
+        if not all(eq and name.strip() and value.strip() for name, eq, value in pairs):
+            raise DataError(f"columns {columns!r}: expected NAME=COLUMN or NAME=EXPRESSION, separated by commas")
+        columns = {name.strip(): value.strip() for name, _, value in pairs}
+    frame = frame.copy()
+    for name, value in (columns or {}).items():
+        if value in frame:
+            frame[name] = frame[value]
+            continue
+        try:
+            frame[name] = frame.eval(value)
+        except Exception as err:
+            raise DataError(
+                f"column {name}={value!r}: neither a column nor an expression over the columns {_names(frame)} ({err})"
+            ) from err
+    return frame
+
+
+def load_table(
+    data, *, required=("N", "D", "loss"), columns=None, where: str | None = None, x_range=None,
+    drop_highest: int = 0, duplicates: str = "error", n: str = "nonemb_head", c: str = "model_causal",
+) -> Table:  # fmt: skip
+    """Reads, renames, filters and checks a table of runs.
+
+    Args:
+      data: run store (directory), CSV, parquet or data frame.
+      required: columns that must hold positive finite numbers in every row that is kept.
+      columns: see `rename`.
+      where: pandas query that a row must satisfy to be used, e.g. "loss < 4 and arch == 'gla'".
+      x_range: {"C": (lo, hi), ...}: rows outside (inclusive) are left out.
+      drop_highest: leave out this many rows of highest loss (an explicit outlier filter).
+      duplicates: what to do with a row equal to an earlier one in every column: error, drop or keep.
+
+    Raises:
+      DataError: one line naming the column, the row and what is allowed.
+    """
+    frame, source = read(data, n=n, c=c)
+    frame = rename(frame, columns)
+    table = Table(frame, frame.iloc[:0].assign(reason=[]), source)
+    if columns:
+        table.filters.append(f"columns {columns}")
+    if "status" in frame and set(frame["status"].dropna()) <= STATUSES:
+        _exclude_unusable_runs(table)
+    if where:
+        try:
+            keep = table.rows.eval(where).astype(bool)
+        except Exception as err:
+            raise DataError(f"where {where!r} is not a query over the columns {_names(frame)} ({err})") from err
+        table.exclude(~keep, f"filtered: not ({where})")
+        table.filters.append(f"where {where}")
+    missing = [name for name in required if name not in frame]
+    if missing:
+        raise DataError(f"column {missing[0]!r} is missing in {source}; it has {_names(frame)}; name it with --columns")
+    for name in required:
+        table.rows = table.rows.assign(**{name: _positive_numbers(table.rows[name], name)})
+    _check_duplicates(table, duplicates)
+    for name, (lo, hi) in (x_range or {}).items():
+        if name not in frame:
+            raise DataError(f"x-range: column {name!r} is missing in {source}; it has {_names(frame)}")
+        table.exclude(~table.rows[name].between(lo, hi), f"outside {name} range {lo:g} to {hi:g}")
+        table.filters.append(f"x-range {name}={lo:g}:{hi:g}")
+    if drop_highest:
+        worst = table.rows["loss"].nlargest(drop_highest).index
+        table.exclude(table.rows.index.isin(worst), f"one of the {drop_highest} highest losses")
+        table.filters.append(f"drop-highest {drop_highest}")
+    if table.rows.empty:
+        raise DataError(f"no row of {source} is left to fit: {_count_reasons(table.excluded)}")
+    return table
+
+
+def check_comparable(table: Table) -> None:
+    """Raises DataError where the runs used different data or tokenizers: their nats per token cannot be compared."""
+    if "data" in table.rows and table.rows["data"].nunique() > 1:
+        kinds = ", ".join(repr(kind) for kind in table.rows["data"].unique()[:3])
+        raise DataError(f"column 'data' is mixed ({kinds}): losses are not comparable; choose one with --where \"data == ...\"")
+
+
+def _exclude_unusable_runs(table: Table) -> None:
+    def reason(row) -> str:
+        note = f": {row['reason']}" if isinstance(row.get("reason"), str) and row["reason"] else ""
+        if row["status"] in ("running", "preempted") and pd.notna(row.get("steps_done")):
+            note = f" at step {row['steps_done']:.0f} of {row['steps_total']:.0f}{note}"
+        names = {"running": "unfinished (running", "preempted": "unfinished (preempted", "planned": "planned, not run"}
+        text = names.get(row["status"], str(row["status"]))
+        return text + note + (")" if "(" in text else "")
+
+    table.exclude(table.rows["status"] != "done", reason)
+    if "loss" in table.rows:
+        table.exclude(table.rows["loss"].isna(), "done, but final_loss is missing")
+
+
+def _positive_numbers(column: pd.Series, name: str) -> pd.Series:
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    bad = ~(np.isfinite(numbers) & (numbers > 0))
+    if bad.any():
+        row = bad.idxmax()
+        what = "empty" if pd.isna(column[row]) else repr(column[row])
+        raise DataError(
+            f"column {name!r}, row {row}: {what} is not a positive finite number ({bad.sum()} such rows); "
+            f"leave such rows out with --where"
+        )
+    return numbers
+
+
+def _check_duplicates(table: Table, duplicates: str) -> None:
+    if duplicates not in ("error", "drop", "keep"):
+        raise DataError(f"duplicates {duplicates!r}: allowed are error, drop, keep")
+    keys = table.rows[["run_id"]] if "run_id" in table.rows else table.rows.astype(str)
+    repeated = keys.duplicated()
+    if not repeated.any() or duplicates == "keep":
+        return
+    if duplicates == "drop":
+        table.exclude(repeated, "duplicate of an earlier row")
+        table.filters.append("duplicates drop")
+        return
+    row = repeated.idxmax()
+    first = (keys == keys.loc[row]).all(axis=1).idxmax()
+    column = f"column 'run_id', row {row}" if "run_id" in keys else f"row {row} (all columns)"
+    raise DataError(f"{column}: duplicate of row {first} ({repeated.sum()} such rows); use --duplicates drop or keep")
+
+
+def _names(frame: pd.DataFrame) -> str:
+    names = [str(name) for name in frame.columns]
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+
+
+def _count_reasons(excluded: pd.DataFrame) -> str:
+    return "; ".join(f"{count} x {reason}" for reason, count in excluded["reason"].value_counts().items()) or "it is empty"
