@@ -56,6 +56,11 @@ def branch_multiplier(model) -> float:
     return (model.n_layers / model.base_depth) ** -model.depth_alpha if model.base_depth else 1.0
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """x in at least float32, the precision of statistics, states and accumulations."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class Maker:
     """Creates the parameters of one block: `make.matrix(...)`, `make.vector(...)` from a key of its own."""
 

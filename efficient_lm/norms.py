@@ -1,9 +1,10 @@
-"""Normalisations. Statistics in float32, result in the dtype of the input."""
+"""Normalisations. Statistics in float32 or wider, result in the dtype of the input."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_lm.layers import wide
 from efficient_lm.registry import Registry
 
 NORMS = Registry("norm")
@@ -17,10 +18,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = make.vector(jnp.ones(width))
 
+    @staticmethod
+    def param_count(width: int) -> int:
+        return width
+
     def __call__(self, x):
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * self.scale[...]).astype(x.dtype)
+        y = wide(x)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
 
 
 @NORMS.register("layernorm")
@@ -32,8 +37,12 @@ class LayerNorm(nnx.Module):
         self.scale = make.vector(jnp.ones(width))
         self.bias = make.vector(jnp.zeros(width))
 
+    @staticmethod
+    def param_count(width: int) -> int:
+        return 2 * width
+
     def __call__(self, x):
-        x32 = x.astype(jnp.float32)
-        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * self.scale[...] + self.bias[...]).astype(x.dtype)
+        y = wide(x)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)

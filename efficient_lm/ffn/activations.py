@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from efficient_lm.layers import wide
 from efficient_lm.registry import Registry
 
 ACTIVATIONS = Registry("activation")
@@ -51,7 +52,7 @@ class PolyReLU(PolyCom):
     """sum_i a_i ReLU(x)^i + a_0."""
 
     def __call__(self, x):
-        r = jax.nn.relu(x.astype(jnp.float32))
+        r = jax.nn.relu(wide(x))
         return self._combine([r, r**2, r**3], x.dtype)
 
 
@@ -60,9 +61,9 @@ class PolyNorm(PolyCom):
     """sum_i a_i x^i / RMS(x^i) + a_0, RMS over the last axis (all of d_ff, whatever the sharding)."""
 
     def __call__(self, x):
-        x32 = x.astype(jnp.float32)
+        y = wide(x)
 
         def normed(p):
             return p * jax.lax.rsqrt(jnp.mean(jnp.square(p), axis=-1, keepdims=True) + 1e-6)
 
-        return self._combine([normed(x32), normed(x32**2), normed(x32**3)], x.dtype)
+        return self._combine([normed(y), normed(y**2), normed(y**3)], x.dtype)

@@ -45,6 +45,11 @@ class FFN(nnx.Module):
         """Number of parameters of one layer."""
         raise NotImplementedError
 
+    @classmethod
+    def active_param_count(cls, cfg, model) -> int:
+        """Parameters of one layer that a token uses."""
+        return cls.param_count(cfg, model)
+
 
 @FFNS.register("none")
 class NoFFN(FFN):

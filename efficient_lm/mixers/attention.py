@@ -157,7 +157,8 @@ def softmax_attention(q, k, v, mask, scale, cap):
     batch, length, heads, width = q.shape
     groups = heads // k.shape[2]
     q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], groups, width)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
     if cap:
         scores = cap * jnp.tanh(scores / cap)
     scores = jnp.where(mask[:, :, None], scores, -1e30)

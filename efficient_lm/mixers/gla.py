@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from pallas_kernels.flops import linear_attention_flops
 
 from efficient_lm.flops import Flops, dense
-from efficient_lm.layers import Linear
+from efficient_lm.layers import Linear, wide
 from efficient_lm.mixers.attention import divisors
 from efficient_lm.mixers.base import MIXERS, Mixer, MixerConfig
 from efficient_lm.norms import RMSNorm
@@ -68,7 +68,7 @@ class GLA(Mixer):
         def heads(y):
             return y.reshape(*x.shape[:-1], self.heads, -1)
 
-        logits = self.decay_up(self.decay_down(x)).astype(jnp.float32)
+        logits = wide(self.decay_up(self.decay_down(x)))
         log_decay = jax.nn.log_sigmoid(logits) / self.cfg.gate_normalizer
         return heads(self.q(x)), heads(self.k(x)), heads(self.v(x)), heads(log_decay)
 
@@ -90,7 +90,8 @@ class GLA(Mixer):
         for name, width in zip(("expand_k", "expand_v"), cfg.widths(model.d_model), strict=True):
             if width < 1 or width % cfg.n_heads:
                 raise ConfigError(
-                    f"{path}.n_heads = {cfg.n_heads}: must divide {name} x d_model = {width}; allowed: {divisors(width)}"
+                    f"{path}.n_heads = {cfg.n_heads}: must divide {name} x d_model = {width}; "
+                    f"allowed: {divisors(width)}"
                 )
 
     @staticmethod
