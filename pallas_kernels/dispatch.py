@@ -1,0 +1,60 @@
+"""Which implementation of an operator runs: explicit choice, or the best one that can serve the call.
+
+An accelerator implementation is a module `pallas_kernels.<tpu|gpu>.<operator>` with a function named like the
+operator and
+
+    supports(**arguments) -> None | str
+
+called with every array argument of the operator by name (`jax.ShapeDtypeStruct`, or None where absent) and the
+static options. It returns None when the call can be served, else one line saying why not. `reference` and `xla`
+serve every call.
+"""
+import importlib
+import importlib.util
+
+import jax
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+_PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+
+
+def _load(op, implementation):
+    """(operator function, supports function), or (None, reason) when this package has no such kernel."""
+    if implementation == "reference":
+        return getattr(importlib.import_module("pallas_kernels.reference"), op), None
+    if implementation == "xla":
+        return getattr(importlib.import_module(f"pallas_kernels.xla.{op}"), op), None
+    name = f"pallas_kernels.{_PLATFORM[implementation]}.{op}"
+    if importlib.util.find_spec(f"pallas_kernels.{_PLATFORM[implementation]}") is None or \
+            importlib.util.find_spec(name) is None:
+        return None, f"there is no {implementation} kernel for {op}"
+    module = importlib.import_module(name)
+    return getattr(module, op), module.supports
+
+
+def _structs(arguments):
+    """Arrays as ShapeDtypeStructs, the rest unchanged."""
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for name, x in arguments.items()}
+
+
+def choose(op, implementation, arguments):
+    """(name, function) for operator `op` called with `arguments` (dict by name).
+
+    `implementation` None: the Pallas kernels of the default platform when they support the call, else 'xla'.
+    Raises ValueError when an explicit choice is unknown or cannot serve the call, with the reason.
+    """
+    if implementation is None:
+        platform = jax.default_backend()
+        for name, wanted in _PLATFORM.items():
+            if platform == wanted:
+                function, supports = _load(op, name)
+                if function is not None and supports(**_structs(arguments)) is None:
+                    return name, function
+        return "xla", _load(op, "xla")[0]
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation = {implementation!r}: allowed are None and {', '.join(IMPLEMENTATIONS)}")
+    function, supports = _load(op, implementation)
+    reason = supports if function is None else supports and supports(**_structs(arguments))
+    if reason is not None:
+        raise ValueError(f"implementation = {implementation!r} cannot run {op}: {reason}")
+    return implementation, function

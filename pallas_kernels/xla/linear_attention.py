@@ -1,0 +1,17 @@
+"""Linear attention on XLA: picks the chunked form by the kind of decay, and the chunk by platform."""
+from pallas_kernels.xla import channel_decay, scalar_decay
+
+
+def default_chunk(decay, length):
+    """Chunk length when the caller gives none: short sequences are one chunk on CPU, where the scan costs most."""
+    return 64
+
+
+def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segment_ids=None, output_final_state=False,
+                     chunk_size=None):
+    """See `pallas_kernels.api.linear_attention`."""
+    decay = "none" if log_decay is None else {1: "head", 3: "token", 4: "channel"}[log_decay.ndim]
+    form = channel_decay if decay == "channel" else scalar_decay
+    chunk = chunk_size or default_chunk(decay, v.shape[1])
+    return form.linear_attention(q, k, v, log_decay, scale=scale, initial_state=initial_state, segment_ids=segment_ids,
+                                 output_final_state=output_final_state, chunk_size=chunk)
