@@ -147,18 +147,17 @@ class Config:
 
 def from_dict(values) -> Config:
     """A checked Config from a nested mapping (a ConfigDict, a dict, config.json). Raises ConfigError."""
-    values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
+    config = build(Config, values.to_dict() if hasattr(values, "to_dict") else dict(values))
     sys.path.insert(0, os.getcwd())
     try:
-        for plugin in (values.get("model") or {}).get("plugins", ()):
+        for plugin in config.model.plugins:
             try:
                 importlib.import_module(plugin)
             except ImportError as error:
                 raise ConfigError(f"config.model.plugins = {plugin!r}: cannot be imported ({error})") from None
     finally:
         sys.path.remove(os.getcwd())
-    config = build(Config, values)
-    from efficient_lm import check  # after the plugins, since it reads the registries
+    from efficient_lm import check  # reads the registries, so after the plugins; and it imports this module's users
 
     return check.resolve(config)
 

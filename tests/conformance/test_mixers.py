@@ -155,7 +155,7 @@ def test_parameters_flops_and_state_as_declared(name):
     assert flops.causal <= flops.full
 
 
-@all_cases
+@pytest.mark.parametrize("name", MIXERS)
 def test_a_short_run_learns(name):
     """Loss of a two-layer model on 'repeat the token before last' falls well below the uniform log(16)."""
     c = case(name)

@@ -1,0 +1,109 @@
+"""The whole model: layouts, decoding, precision, caps, depth scaling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_lm.config import from_dict
+from efficient_lm.layers import layer_specs
+from efficient_lm.model import LM
+
+VOCAB, T = 24, 20
+
+
+def make(**model):
+    values = {"d_model": 16, "vocab_size": VOCAB, "dtype": "float32", **model}
+    lm = LM(from_dict({"model": values}).model)
+    return lm, lm.init(jax.random.key(0))
+
+
+def tokens(seed=1, shape=(2, T)):
+    return jax.random.randint(jax.random.key(seed), shape, 0, VOCAB)
+
+
+@pytest.mark.quick
+def test_layout_prefix_pattern_tail():
+    lm, params = make(n_layers=6, prefix=["attention/none"], pattern=["gla", "attention"])
+    assert [mixer for mixer, _ in layer_specs(lm.model)] == [
+        "attention",
+        "gla",
+        "attention",
+        "gla",
+        "attention",
+        "gla",
+    ]
+    assert {group: sorted(blocks) for group, blocks in params.items() if group in lm.groups} == {
+        "prefix": ["0"],
+        "pattern": ["0", "1"],
+        "tail": ["0"],
+    }
+    assert params["pattern"]["0"]["mixer"]["q"]["kernel"].shape[0] == 2
+    first, second = params["pattern"]["0"]["mixer"]["q"]["kernel"]
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("layout", [
+    {"n_layers": 4, "pattern": ["gla", "attention"], "scan_unroll": 1},
+    {"n_layers": 4, "prefix": ["gla"], "pattern": ["attention", "gla"], "residual": "sandwich", "tie_embeddings": True},
+])  # fmt: skip
+def test_decoding_equals_the_parallel_form(layout):
+    lm, params = make(**layout)
+    x = tokens()
+    parallel, _ = jax.jit(lm)(params, x)
+    state, step, logits = lm.init_state(params, 2, T), jax.jit(lm.step), []
+    for t in range(T):
+        out, state = step(params, x[:, t], state)
+        logits.append(out)
+    np.testing.assert_allclose(jnp.stack(logits, 1), parallel, rtol=1e-4, atol=2e-5)
+
+
+def test_unrolling_and_remat_change_nothing_but_time():
+    values = {"n_layers": 2, "pattern": ["gla"]}
+    lm, params = make(**values)
+    x = tokens()
+
+    def loss(lm):
+        return lambda params: jnp.sum(jnp.sin(lm(params, x)[0]))
+
+    value, grads = jax.jit(jax.value_and_grad(loss(lm)))(params)
+    for change in ({"scan_unroll": 1}, {"remat": "full"}, {"remat": "dots", "scan_unroll": 1}):
+        other, _ = make(**values, **change)
+        value2, grads2 = jax.jit(jax.value_and_grad(loss(other)))(params)
+        np.testing.assert_allclose(value, value2, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads2), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_packed_documents_equal_separate_ones():
+    lm, params = make(n_layers=2, pattern=["gla", "attention"])
+    x = tokens()
+    segments = jnp.broadcast_to(jnp.where(jnp.arange(T) < 7, 1, 2), x.shape)
+    positions = jnp.broadcast_to(jnp.where(jnp.arange(T) < 7, jnp.arange(T), jnp.arange(T) - 7), x.shape)
+    packed, _ = jax.jit(lm)(params, x, segments, positions)
+    alone = jnp.concatenate([lm(params, x[:, :7])[0], lm(params, x[:, 7:])[0]], 1)
+    np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.quick
+def test_compute_dtype_logit_cap_and_depth_scaling():
+    lm, params = make(dtype="bfloat16", logit_cap=2.0)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+    logits, _ = lm(params, tokens())
+    assert logits.dtype == jnp.float32
+    assert float(jnp.max(jnp.abs(logits))) <= 2.0
+    exact, _ = make(logit_cap=2.0)[0](params, tokens())
+    error = jnp.linalg.norm(logits - exact) / jnp.linalg.norm(exact)
+    assert 1e-4 < error < 3e-2, "bfloat16 compute should differ from float32, a little"
+    # Branches scaled to nothing leave embedding -> norm -> head.
+    deep, deep_params = make(n_layers=2, base_depth=1, depth_alpha=1.0)
+    plain, _ = make(n_layers=2, base_depth=2)
+    assert not np.allclose(deep(deep_params, tokens())[0], plain(deep_params, tokens())[0])
+
+
+@pytest.mark.quick
+def test_parameters_that_do_not_fit_are_refused():
+    lm, params = make()
+    other, _ = make(mixers={"attention": {"qk_norm": False}})
+    with pytest.raises(ValueError, match="do not fit"):
+        other(params, tokens())
