@@ -19,7 +19,7 @@ from efficient_lm.data import sources
 from efficient_lm.data.base import SOURCES
 from efficient_lm.schema import ConfigError
 
-ENDLESS = 2**62
+ENDLESS = 2**62  # rows; lengths must fit an index even before batching
 
 
 class Batches:
@@ -50,7 +50,7 @@ class Batches:
         if rows.n_rows is None:
             order = grain.MapDataset.range(ENDLESS)
         elif self._shuffle:
-            order = grain.MapDataset.range(rows.n_rows).seed(self._seed).shuffle().repeat()
+            order = grain.MapDataset.range(rows.n_rows).seed(self._seed).shuffle().repeat(ENDLESS // rows.n_rows)
         else:
             order = grain.MapDataset.range(-(-rows.n_rows // self._batch_size) * self._batch_size)
         return order.batch(self._batch_size, batch_fn=np.asarray).map(self._load)

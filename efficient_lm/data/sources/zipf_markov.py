@@ -15,8 +15,8 @@ from efficient_lm.data.base import SOURCES
 from efficient_lm.data.random_access import key, uniforms
 from efficient_lm.data.synthetic import need, synthetic_rows
 
-MAX_VOCAB = 4096  # the transition table has vocab_size^2 float64 entries
-_TAIL = 4.0  # entries are (exponential variable)^4: neighbours are worth about a fifth of the unigram entropy
+MAX_VOCAB = 2048  # the transition table has vocab_size^2 entries; 1 s to make at 2048
+_TAIL = 4.0  # entries are (exponential variable)^4: the rate comes out at about 0.6 of H(p)
 
 
 @functools.lru_cache(maxsize=4)
