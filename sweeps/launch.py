@@ -1,0 +1,132 @@
+"""Run the cells of a sweep that are missing: `python -m sweeps.launch --config configs/sweeps/x.py --store runs/x`."""
+
+import argparse
+import shlex
+import sys
+import time
+
+from efficient_lm import config as configs
+from efficient_lm.schema import ConfigError
+from sweeps import local, plan
+from sweeps.store import Store
+
+LAUNCHERS = ("local", "slurm", "print")
+EXIT_FAILED, EXIT_CONFIG, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 75
+
+
+def main(argv=None) -> int:
+    try:
+        overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
+        args = _parser().parse_args(rest)
+        return _launch(args, overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+
+
+def _launch(args, overrides) -> int:
+    store = Store(args.store)
+    planned = plan.plan_from_arguments(args, overrides, store)
+    plan.print_notes(planned)
+    cells = waiting_cells(planned.cells, store, again=args.resume)
+    if args.launcher == "print":
+        for cell in cells:
+            print(command(cell, store))
+        return 0
+    workers = plan.default_workers(args.workers)
+    print(plan.totals(planned, workers, store))
+    if args.launcher == "slurm":
+        from sweeps import slurm
+
+        with store.locked():
+            save_plan(planned, store)
+            return slurm.launch(cells, store, args)
+    return run_local(planned, store, workers, again=args.resume)
+
+
+def run_local(planned: plan.Plan, store: Store, workers: int, *, again=False, progress=True, **options) -> int:
+    """Trains what is missing on this machine, says how it went and returns the exit code of `launch`."""
+    with store.locked():
+        save_plan(planned, store)
+        cells = waiting_cells(planned.cells, store, again=again)
+        started = time.monotonic()
+        outcome = local.Launcher(store, workers, progress=progress, **options).run(cells) if cells else local.Outcome()
+    print(summary(planned.cells, store, len(outcome.status), time.monotonic() - started))
+    return exit_code(planned.cells, store, outcome.stopped)
+
+
+def waiting_cells(cells, store: Store, *, again: bool) -> list:
+    """The cells to run: never started, preempted or left behind by a dead process; failed ones only if `again`."""
+    wanted = {"missing", "preempted", "stale"} | ({"failed"} if again else set())
+    return [cell for cell in cells if store.state(cell.run_id) in wanted]
+
+
+def save_plan(planned: plan.Plan, store: Store) -> None:
+    store.write_sweep(planned.name, planned.config, [cell.as_json() for cell in planned.cells])
+
+
+def summary(cells, store: Store, ran: int, seconds: float) -> str:
+    """States of all cells in one line, then one line for each that failed or diverged."""
+    by_state = {}
+    for cell in cells:
+        by_state.setdefault(store.state(cell.run_id), []).append(cell)
+    counts = ", ".join(f"{len(found)} {state}" for state, found in by_state.items())
+    lines = [f"{len(cells)} cells: {counts} ({ran} run now, {plan.duration(seconds)})"]
+    for state in ("failed", "diverged"):
+        for cell in by_state.get(state, []):
+            lines.append(f"{state}: {cell.label} ({cell.run_id}): {store.run(cell.run_id).get('reason')}")
+    if "failed" in by_state:
+        lines.append("failed cells run again with --resume")
+    return "\n".join(lines)
+
+
+def exit_code(cells, store: Store, stopped: bool) -> int:
+    states = {store.state(cell.run_id) for cell in cells}
+    if stopped:
+        return EXIT_STOPPED
+    if "failed" in states:
+        return EXIT_FAILED
+    return EXIT_DIVERGED if "diverged" in states else 0
+
+
+def command(cell, store: Store) -> str:
+    """The shell command that trains one cell by itself."""
+    words = [
+        "python", "-m", "efficient_lm.train", "--config", cell.base, "--workdir", str(store.run_dir(cell.run_id)),
+        f"--config.name={cell.config.name}",
+    ]  # fmt: skip
+    words += [f"--config.{key}={_literal(value)}" for key, value in cell.as_json()["overrides"].items()]
+    return shlex.join(words)
+
+
+def _literal(value) -> str:
+    """Text that `config.parse_literal` reads back as the same value."""
+    if isinstance(value, str):
+        return value if configs.parse_literal(value) == value else repr(value)
+    return repr(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sweeps.launch",
+        description="Run the cells of a sweep. Finished and diverged cells are never run again; interrupted ones go "
+        "on from their checkpoints.",
+        epilog="Exit code: 0 all cells done, 1 some failed, 2 bad config, 3 some diverged, 75 stopped by a signal "
+        "(launch again to go on). Config fields of every cell can be overridden: --config.train.seq_len=256",
+    )
+    plan.add_plan_arguments(parser)
+    parser.add_argument("--store", required=True, help="run store, e.g. runs/NAME")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where to run; print only shows commands")
+    parser.add_argument("--resume", action="store_true", help="also run failed cells again")
+    group = parser.add_argument_group("slurm")
+    group.add_argument("--partition", help="SLURM partition")
+    group.add_argument("--time", type=int, default=240, metavar="MINUTES", help="time limit of a job")
+    group.add_argument("--gpus", type=int, default=0, help="GPUs of a job")
+    group.add_argument("--cpus", type=int, default=1, help="cores of a job")
+    group.add_argument("--mem", type=float, default=8, metavar="GB", help="memory of a job")
+    group.add_argument("--wait", action="store_true", help="wait for the jobs and report")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""What a sweep would run and what it would cost: `python -m sweeps.plan --config configs/sweeps/isoflop.py`."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass, field
+
+from efficient_lm import config as configs
+from efficient_lm.counting import count_flops, count_params
+from efficient_lm.schema import ConfigError
+from sweeps.combine import Cell, as_cells
+from sweeps.isoflop import IsoFlop, Ladder, resolve
+from sweeps.store import Store
+from sweeps.timing import Budget, Calibration, parse_budget
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell with its resolved config and what it costs. FLOPs are training FLOPs (model_causal)."""
+
+    run_id: str
+    config: configs.Config
+    axes: dict
+    base: str
+    overrides: dict
+    params: dict
+    flops_per_token: float
+    predicted_seconds: float | None = None
+
+    @classmethod
+    def of(cls, cell: Cell, values: dict) -> "PlannedCell":
+        """Resolves a cell on the nested dict `values` of its base config. Raises ConfigError."""
+        config = resolve(values, {**cell.overrides, **{f"sweep.{key}": value for key, value in cell.axes.items()}})
+        if not config.name:
+            config = dataclasses.replace(config, name=str(cell.axes.get("arch", "")))
+        flops = count_flops(config)["model_causal"]
+        params = count_params(config)
+        return cls(configs.run_id(config), config, cell.axes, cell.base, cell.overrides, params, flops)
+
+    @property
+    def arch(self) -> str:
+        return str(self.axes.get("arch", "+".join(self.config.model.pattern)))
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.config.train.batch_size * self.config.train.seq_len
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_tokens
+
+    @property
+    def flops(self) -> float:
+        return self.flops_per_token * self.tokens
+
+    @property
+    def label(self) -> str:
+        axes = {key: value for key, value in self.axes.items() if key != "arch"}
+        text = " ".join(f"{key}={_short(value)}" for key, value in axes.items())
+        seed = f" seed={self.config.seed}" if self.config.seed and "seed" not in axes else ""
+        return f"{self.arch} {text}{seed}".strip()
+
+    def as_json(self) -> dict:
+        """What sweep.json keeps of a cell."""
+        return {
+            "run_id": self.run_id,
+            "axes": self.axes,
+            "base": self.base,
+            "overrides": {**self.overrides, **{f"sweep.{key}": value for key, value in self.axes.items()}},
+            "params": self.params,
+            "flops": self.flops,
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "predicted_seconds": self.predicted_seconds,
+        }
+
+
+@dataclass
+class Plan:
+    """Cells in the order of the sweep file, what was left out and why, and warnings."""
+
+    name: str
+    config: str
+    cells: list[PlannedCell]
+    dropped: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def predict(self, calibration: Calibration) -> None:
+        self.cells = [dataclasses.replace(c, predicted_seconds=calibration.predict(c)) for c in self.cells]
+
+    def total_seconds(self) -> float | None:
+        """Device seconds of all cells; None when one is unknown."""
+        seconds = [cell.predicted_seconds for cell in self.cells]
+        return None if None in seconds else sum(seconds)
+
+
+def make_plan(spec: str, overrides=()) -> Plan:
+    """Plan of the sweep file 'configs/sweeps/x.py[:arg]' with config overrides for every cell. Raises ConfigError."""
+    return _plan_of(configs.read_config_file(spec, "get_sweep"), spec, dict(overrides))
+
+
+def plan_within(spec: str, overrides, budget: Budget, calibration: Calibration, workers: int) -> Plan:
+    """The largest plan that costs at most `budget`: moves a ladder of compute budgets, or drops the dearest cells."""
+    sweep, overrides = configs.read_config_file(spec, "get_sweep"), dict(overrides)
+    if not isinstance(sweep, IsoFlop) or not isinstance(sweep.budgets, Ladder):
+        plan = _plan_of(sweep, spec, overrides)
+        plan.predict(calibration)
+        return _drop_dearest(plan, budget, workers)
+
+    def cost(top):
+        plan = _plan_of(sweep.with_top(top), spec, overrides)
+        plan.predict(calibration)
+        return sum(budget.cost(c.predicted_seconds, c.flops, workers) for c in plan.cells), plan
+
+    # Tops in half powers of two around the file's own: the cost grows with the top, apart from rounding.
+    best, asked = None, sweep.budgets.top
+    exponent = 0
+    if cost(asked)[0] <= budget.amount:
+        while exponent < 200 and (trial := cost(asked * 2 ** (exponent / 2)))[0] <= budget.amount and trial[1].cells:
+            best, exponent = trial[1], exponent + 1
+    else:
+        while exponent > -200 and best is None:
+            exponent -= 1
+            try:
+                spent, plan = cost(asked * 2 ** (exponent / 2))
+            except ConfigError:  # no cell is left at so small a budget
+                break
+            best = plan if spent <= budget.amount else None
+    if best is None:
+        raise ConfigError(f"budget = {budget.text!r}: too small for a single cell of {spec}")
+    budgets = sorted({cell.axes["budget"] for cell in best.cells})
+    best.dropped.append(
+        f"compute budgets set to {', '.join(f'{b:.3g}' for b in budgets)} FLOPs to fit {budget.text!r} "
+        f"(the sweep file has {', '.join(f'{b:.3g}' for b in sweep.all_budgets())})"
+    )
+    return best
+
+
+def _drop_dearest(plan: Plan, budget: Budget, workers: int) -> Plan:
+    """Keeps whole compute budgets, cheapest first (single cells where there is no such axis), while they fit."""
+    groups = {}
+    for cell in plan.cells:
+        groups.setdefault(cell.axes.get("budget", cell.run_id), []).append(cell)
+    kept, spent = set(), 0.0
+    for key, cells in sorted(groups.items(), key=lambda item: sum(c.flops for c in item[1])):
+        cost = sum(budget.cost(c.predicted_seconds, c.flops, workers) for c in cells)
+        if spent + cost > budget.amount:
+            what = f"budget {key:g}" if "budget" in cells[0].axes else cells[0].label
+            plan.dropped.append(f"{what}: {len(cells)} cells do not fit {budget.text!r}")
+            continue
+        kept.update(c.run_id for c in cells)
+        spent += cost
+    plan.cells = [cell for cell in plan.cells if cell.run_id in kept]
+    if not plan.cells:
+        raise ConfigError(f"budget = {budget.text!r}: too small for a single cell of {plan.config}")
+    return plan
+
+
+def _plan_of(sweep, spec: str, overrides: dict) -> Plan:
+    path = spec.partition(":")[0]
+    plan = Plan(os.path.splitext(os.path.basename(path))[0], spec, [])
+    if isinstance(sweep, IsoFlop):
+        sweep = dataclasses.replace(sweep, extra={**sweep.extra, **overrides})
+        cells, plan.dropped, plan.warnings = sweep.cells(spec)
+    else:
+        cells = [dataclasses.replace(cell, overrides={**cell.overrides, **overrides}) for cell in as_cells(sweep)]
+    if not cells:
+        raise ConfigError(f"sweep = {spec!r}: has no cells" + "".join(f"; {note}" for note in plan.dropped[:3]))
+    bases, seen = {}, {}
+    for index, cell in enumerate(cells):
+        cell = dataclasses.replace(cell, base=cell.base or spec)
+        if cell.base not in bases:
+            bases[cell.base] = configs.read_config_file(cell.base).to_dict()
+        planned = PlannedCell.of(cell, bases[cell.base])
+        if planned.run_id in seen:
+            raise ConfigError(
+                f"sweep = {spec!r}: cells {seen[planned.run_id]} and {index} are the same run ({cell.describe()}); "
+                "give them different fields or seeds"
+            )
+        seen[planned.run_id] = index
+        plan.cells.append(planned)
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def table(plan: Plan, store: Store | None = None) -> str:
+    """The plan as text: one line a cell, then totals."""
+    header = ["cell", "params", "tokens", "FLOPs", "tok/param", "lr", "batch", "steps", "seconds", "run_id", "state"]
+    rows = []
+    for cell in plan.cells:
+        seconds = "-" if cell.predicted_seconds is None else f"{cell.predicted_seconds:.1f}"
+        used = cell.params["active"]
+        state = store.state(cell.run_id) if store else "-"
+        rows.append([
+            cell.label, f"{used:,}", f"{cell.tokens:,}", f"{cell.flops:.4g}", f"{cell.tokens / used:.1f}",
+            f"{cell.config.optim.lr:.3g}", f"{cell.batch_tokens:,}", f"{cell.steps:,}", seconds, cell.run_id, state,
+        ])  # fmt: skip
+    return align(header, rows)
+
+
+def align(header: list[str], rows: list[list[str]]) -> str:
+    """Left-aligned first column, right-aligned others."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def totals(plan: Plan, workers: int, store: Store | None = None) -> str:
+    """One line: cells, FLOPs, tokens, predicted time, how many are done already."""
+    parts = [
+        f"{len(plan.cells)} cells",
+        f"{sum(c.flops for c in plan.cells):.3g} FLOPs",
+        f"{sum(c.tokens for c in plan.cells):,} tokens",
+    ]
+    seconds = plan.total_seconds()
+    if seconds is None:
+        parts.append("time unknown (--calibrate or --tokens-per-second)")
+    else:
+        parts.append(f"{duration(seconds)} of device time, about {duration(wall_seconds(plan.cells, workers))}"
+                     f" on {workers} worker{'s' if workers != 1 else ''}")  # fmt: skip
+    if store:
+        parts.append(f"{sum(store.state(c.run_id) == 'done' for c in plan.cells)} done in {store.path}")
+    return ", ".join(parts)
+
+
+def wall_seconds(cells, workers: int) -> float:
+    """Time on `workers` workers that take the longest remaining cell first."""
+    free = [0.0] * max(1, workers)
+    for seconds in sorted((c.predicted_seconds or 0.0 for c in cells), reverse=True):
+        earliest = free.index(min(free))
+        free[earliest] += seconds
+    return max(free)
+
+
+def duration(seconds: float) -> str:
+    """'45 s', '12.3 min', '5.1 h'."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _short(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that `plan` and `launch` share."""
+    parser.add_argument("--config", required=True, help="sweep file with get_sweep(), as path.py or path.py:argument")
+    parser.add_argument("--budget", help="'2 gpu-hours', '20 minutes', '1e18 flops': the largest plan that fits")
+    parser.add_argument("--workers", type=int, help="runs at a time (default: one per accelerator, else per core)")
+    parser.add_argument("--calibrate", action="store_true", help="time a few steps of each architecture first")
+    parser.add_argument("--calibration", default="runs/calibration.json", help="where measured steps are kept")
+    parser.add_argument("--tokens-per-second", type=float, help="predict time from this throughput instead")
+
+
+def plan_from_arguments(args, overrides, store: Store | None) -> Plan:
+    """The plan that the command line asks for, with predicted times where something was measured."""
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"workers = {args.workers}: must be at least 1")
+    if args.tokens_per_second is not None and not args.tokens_per_second > 0:
+        raise ConfigError(f"tokens-per-second = {args.tokens_per_second}: must be positive")
+    budget = parse_budget(args.budget) if args.budget else None
+    plan = make_plan(args.config, overrides)
+    calibration = Calibration.read(args.calibration)
+    if args.calibrate:
+        calibration.measure(plan.cells)
+        calibration.write(args.calibration)
+    if store:
+        calibration.add_runs(store, plan.cells)
+    calibration.tokens_per_second = args.tokens_per_second
+    if budget:
+        return plan_within(args.config, overrides, budget, calibration, default_workers(args.workers))
+    plan.predict(calibration)
+    return plan
+
+
+def default_workers(asked: int | None) -> int:
+    """`asked`, or one worker per GPU, or one per core that this process may use."""
+    from sweeps.local import gpus
+
+    return asked or len(gpus()) or len(os.sched_getaffinity(0))
+
+
+def print_notes(plan: Plan) -> None:
+    for note in plan.dropped:
+        print(f"left out: {note}")
+    for warning in plan.warnings:
+        print(f"warning: {warning}")
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sweeps.plan",
+        description="Print the cells of a sweep and what they cost; run nothing (but --calibrate times a few steps).",
+        epilog="Config fields of every cell can be overridden: --config.train.seq_len=256",
+    )
+    add_plan_arguments(parser)
+    parser.add_argument("--store", help="run store whose states to show, e.g. runs/NAME")
+    try:
+        overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
+        args = parser.parse_args(rest)
+        store = Store(args.store) if args.store else None
+        plan = plan_from_arguments(args, overrides, store)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(plan, store))
+    print_notes(plan)
+    print(totals(plan, default_workers(args.workers), store))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""A worker process of the local launcher: takes cells from stdin, trains one after another, answers on stdout.
+
+One process for many cells pays the imports once and keeps compiled functions warm. What a cell prints goes to `log.txt`
+in its run directory. The worker runs only while its launcher lives.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from contextlib import contextmanager
+
+from sweeps.store import ENDED, Store
+
+TRAINER = "efficient_lm.train:train"
+
+
+def main(argv=None) -> int:
+    """Arguments: the store, the trainer as 'module:function', the core ids to run on ('0,1'; '' = all)."""
+    store_path, trainer_name, cores = sys.argv[1:] if argv is None else argv
+    if cores:
+        # Before JAX is imported, since XLA sizes its thread pool by the cores it sees.
+        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    _end_with_parent()
+    answers = os.fdopen(os.dup(1), "w")
+    store, trainer = Store(store_path), None
+    for line in iter(sys.stdin.readline, ""):
+        job = json.loads(line)
+        run_id = job["run_id"]
+        store.claim(run_id)
+        with _output_to(store.run_dir(run_id) / "log.txt"):
+            trainer = trainer or _import_trainer(trainer_name)
+            status = run_cell(store, job, trainer)
+        store.release(run_id)
+        print(json.dumps({"run_id": run_id, "status": status}), file=answers, flush=True)
+        if status == "preempted":
+            return 0
+    return 0
+
+
+def run_cell(store: Store, job: dict, trainer) -> str:
+    """Trains one cell and returns its final status; whatever goes wrong ends up in its run.json."""
+    run_id = job["run_id"]
+    try:
+        from efficient_lm.config import from_dict
+
+        trainer(from_dict(job["config"]), str(store.run_dir(run_id)))
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        if store.run(run_id).get("status") not in ENDED:
+            store.end(run_id, "failed", _one_line(error), **job["fields"])
+    finally:
+        _forget_compiled()
+    status = store.run(run_id).get("status")
+    if status not in ENDED:
+        store.end(run_id, "failed", f"the trainer returned with status {status!r}", **job["fields"])
+        return "failed"
+    return status
+
+
+def _import_trainer(name):
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _one_line(error) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+
+
+def _forget_compiled():
+    """Compiled functions of the last shape would pile up over a long sweep; the persistent cache has them still."""
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
+def _end_with_parent():
+    """On Linux, SIGTERM when the launcher dies in whatever way: the trainer then saves and the run can be resumed."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            sys.exit(0)
+
+
+@contextmanager
+def _output_to(path):
+    """Sends stdout and stderr, those of compiled libraries too, to the end of a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for fd in (log, *saved):
+            os.close(fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
