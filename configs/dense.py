@@ -1,0 +1,50 @@
+"""Transformer (softmax attention + gated FFN), the baseline of every comparison.
+
+    python -m efficient_lm.train --config configs/dense.py:tiny --workdir runs/dense_tiny
+
+:tiny   bytes of State of the Union addresses; trains in about a minute on two CPU cores
+:small  the same text with a 3M-parameter model; one GPU, or an hour on a CPU
+:340M   shape of the 340M models in the linear-attention literature (2406.06484); needs prepared data
+"""
+
+from ml_collections import ConfigDict
+
+from efficient_lm.schema import ConfigError, nearest
+
+
+def get_config(arg="tiny"):
+    """`arg` is one of the variants above."""
+    variants = {"tiny": tiny, "small": small, "340M": large}
+    if arg not in variants:
+        raise ConfigError(f"config variant {arg!r}: {nearest(arg, variants)}")
+    return ConfigDict(variants[arg]())
+
+
+def tiny():
+    return {
+        "name": "dense-tiny",
+        "model": {"d_model": 64, "n_layers": 2, "dtype": "float32"},
+        "data": {"source": "sotu", "pack": "stream"},
+        "optim": {"lr": 0.01, "schedule": "linear", "warmup": 0.05, "decay": 0.5, "final_lr": 0.0},
+        "train": {"steps": 1000, "batch_size": 8, "seq_len": 128, "eval_every": 250, "checkpoint_every": 250},
+    }
+
+
+def small():
+    return {
+        "name": "dense-small",
+        "model": {"d_model": 256, "n_layers": 4},
+        "data": {"source": "sotu", "pack": "stream"},
+        "optim": {"lr": 0.003, "schedule": "wsd", "warmup": 0.02},
+        "train": {"steps": 4000, "batch_size": 64, "seq_len": 256, "eval_every": 500, "checkpoint_every": 500},
+    }
+
+
+def large():
+    return {
+        "name": "dense-340M",
+        "model": {"d_model": 1024, "n_layers": 24, "vocab_size": 32000, "mixers": {"attention": {"n_heads": 16}}},
+        "data": {"source": "prepared", "path": "data/prepared"},
+        "optim": {"lr": 3e-4, "schedule": "cosine", "warmup": 0.02},
+        "train": {"steps": 28672, "batch_size": 256, "seq_len": 2048, "eval_every": 2000, "checkpoint_every": 1000},
+    }

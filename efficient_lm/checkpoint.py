@@ -1,0 +1,78 @@
+"""Checkpoints of a training state: DIR/<step>, written by orbax, complete or not there at all.
+
+The state is stored as a nested dict of plain arrays (names from tree paths, so optax classes don't matter), and
+can be restored onto any mesh. Loading compares paths, shapes and dtypes first and says what does not fit.
+"""
+
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from efficient_lm.schema import ConfigError
+from efficient_lm.sharding import path_of
+
+
+def steps(directory) -> list[int]:
+    """Steps of the complete checkpoints, rising."""
+    directory = Path(directory)
+    # orbax writes under a temporary name with a suffix and renames at the end.
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+
+
+def save(directory, step: int, state, keep: int = 0) -> None:
+    """Write `state` as checkpoint `step` and delete all but the newest `keep` (0 = keep all)."""
+    directory = Path(directory).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        for leftover in directory.glob("*tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / str(step), _nest(state), force=True)
+    if keep and jax.process_index() == 0:
+        for old in steps(directory)[:-keep]:
+            shutil.rmtree(directory / str(old))
+
+
+def restore(directory, step: int, like, only: str = ""):
+    """The checkpoint `step` in the structure of `like`: arrays or ShapeDtypeStructs, whose shardings are used.
+
+    Raises ConfigError, one line, when it has other paths, shapes or dtypes than `like`.
+    """
+    path = Path(directory).resolve() / str(step)
+    if not path.is_dir():
+        have = ", ".join(map(str, steps(directory))) or "none"
+        raise ConfigError(f"checkpoint {step} in {directory}: no such checkpoint; there are: {have}")
+    wanted = {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(like)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(path).item_metadata.tree
+        stored = {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+        _verify(wanted, stored, path)
+        target = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)), _nest(like)
+        )
+        loaded = checkpointer.restore(path, target)
+    loaded = {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(loaded)}
+    return jax.tree_util.tree_map_with_path(lambda p, _: loaded[path_of(p)], like)
+
+
+def _verify(wanted, stored, path):
+    for name in sorted(wanted.keys() | stored.keys()):
+        have, want = (
+            f"{'x'.join(map(str, leaf.shape)) or 'scalar'} {leaf.dtype}" if leaf is not None else "nothing"
+            for leaf in (stored.get(name), wanted.get(name))
+        )
+        if have != want:
+            raise ConfigError(f"checkpoint {path}: {name} is {have} there, but the config needs {want}")
+
+
+def _nest(tree):
+    nested = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *parents, last = path_of(key_path).split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested

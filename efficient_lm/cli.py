@@ -1,0 +1,72 @@
+"""Command line of efficient_lm.train: arguments, help that lists every config field, exit codes."""
+
+import argparse
+import dataclasses
+import sys
+import typing
+
+from efficient_lm import config as configs
+from efficient_lm.schema import ConfigError
+
+# 75 is EX_TEMPFAIL of sysexits.h: the same command, run again, goes on.
+EXIT_CODES = {"done": 0, "failed": 1, "diverged": 3, "preempted": 75}
+BAD_INPUT = 2
+
+
+def main(train, argv=None) -> int:
+    """Parse `argv`, run `train(config, workdir)`, print one closing line, return the exit code."""
+    parser = _parser()
+    try:
+        overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
+        args = parser.parse_args(rest)
+        info = train(configs.load(args.config, overrides), args.workdir)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    print(closing_line(info, args.workdir), file=sys.stdout if info["status"] == "done" else sys.stderr)
+    return EXIT_CODES[info["status"]]
+
+
+def closing_line(info: dict, workdir) -> str:
+    """How the run ended."""
+    if info["status"] == "done":
+        return (
+            f"done: {workdir}: step {info['steps_done']}, validation loss {info['final_loss']:.4f} nats per token, "
+            f"{info['final_bpb']:.4f} bits per byte, {info['wall_seconds']:.1f} s"
+        )
+    return f"{info['status']}: {workdir}: {info['reason']}"
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m efficient_lm.train",
+        description="Train one model. Run the same command again to resume a run that was stopped.",
+        epilog=(
+            "exit codes: 0 done (also when the run was already done), 1 failed, 2 bad config or arguments, "
+            "3 diverged, 75 preempted by SIGTERM or SIGINT (run again to resume)\n\n"
+            "config fields, set with --config.FIELD=VALUE:\n" + "\n".join(field_lines(configs.Config))
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/dense.py:tiny")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="run directory: config, metrics, checkpoints")
+    parser.add_argument(
+        "--config.FIELD", metavar="VALUE", help="override one field, for example --config.model.d_model=256"
+    )
+    return parser
+
+
+def field_lines(cls, prefix: str = "") -> list[str]:
+    """One line per field of a config class: path, type, default, what it is."""
+    lines, hints = [], typing.get_type_hints(cls)
+    default = cls()
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            lines += ["", *field_lines(hints[field.name], f"{prefix}{field.name}.")]
+            continue
+        value = getattr(default, field.name)
+        choices = field.metadata.get("choices")
+        what = "|".join(map(str, choices)) if choices else getattr(hints[field.name], "__name__", "")
+        lines.append(f"  {prefix + field.name:<26} {what} = {value!r}: {field.metadata.get('doc', '')}")
+    return lines

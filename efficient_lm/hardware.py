@@ -1,0 +1,59 @@
+"""Facts about accelerators: peak matmul throughput of known ones, for MFU, and where compiled programs are kept."""
+
+import os
+import socket
+
+import jax
+
+# Dense (no sparsity) peak FLOP/s by (device_kind prefix, compute dtype), from the vendors' data sheets. The longest
+# matching prefix wins. TPU v2 and v3 show one device per core, so they get half of a chip. float32 is listed only
+# where one number is honest: JAX multiplies float32 as TF32 on NVIDIA or in bf16 passes on TPU, by precision flag.
+PEAK_FLOPS = {
+    ("NVIDIA B200", "bfloat16"): 2250e12,
+    ("NVIDIA H200", "bfloat16"): 989.4e12,
+    ("NVIDIA H100 NVL", "bfloat16"): 835.5e12,
+    ("NVIDIA H100 PCIe", "bfloat16"): 756e12,
+    ("NVIDIA H100 80GB HBM3", "bfloat16"): 989.4e12,
+    ("NVIDIA A100", "bfloat16"): 312e12,
+    ("NVIDIA L40S", "bfloat16"): 362e12,
+    ("NVIDIA L4", "bfloat16"): 121e12,
+    ("TPU v2", "bfloat16"): 22.5e12,
+    ("TPU v3", "bfloat16"): 61.5e12,
+    ("TPU v4", "bfloat16"): 275e12,
+    ("TPU v5 lite", "bfloat16"): 197e12,
+    ("TPU v5", "bfloat16"): 459e12,
+    ("TPU v6 lite", "bfloat16"): 918e12,
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Peak FLOP/s of one device, or None when it is not in the table."""
+    known = [kind for kind, of in PEAK_FLOPS if of == dtype and _matches(device_kind, kind)]
+    return PEAK_FLOPS[max(known, key=len), dtype] if known else None
+
+
+def _matches(device_kind, prefix):
+    # 'NVIDIA L4' must not serve 'NVIDIA L40', nor 'TPU v4' 'TPU v4 lite'; a memory size or form factor may follow.
+    rest = device_kind.removeprefix(prefix)
+    return device_kind.startswith(prefix) and (not rest or rest[0] in " -") and "lite" not in rest
+
+
+def enable_compile_cache() -> None:
+    """Keep compiled programs on disk: in $JAX_COMPILATION_CACHE_DIR, or the user's cache directory."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "efficient_lm", "jax"))
+    # The default keeps only programs that took a second to compile; a small model has many that take less.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def describe(mesh) -> dict:
+    """What a mesh consists of, for run.json."""
+    device = mesh.devices.flat[0]
+    return {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "n_devices": mesh.size,
+        "host": socket.gethostname(),
+    }

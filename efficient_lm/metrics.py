@@ -1,0 +1,152 @@
+"""The run directory: config.json, run.json (atomic), metrics.jsonl (append-only), and their mirrors.
+
+A kill at any moment leaves a directory that loads: json files are replaced whole, and a torn last line of
+metrics.jsonl is ignored by readers and closed by the next writer.
+"""
+
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from pathlib import Path
+
+from efficient_lm import config as configs
+from efficient_lm.schema import ConfigError, to_dict, without_volatile
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class RunDir:
+    """The directory of one run, held by one process. Raises ConfigError when it can't be this run's."""
+
+    def __init__(self, workdir, cfg, writer: bool = True):
+        self.path, self.cfg, self.writer = Path(workdir), cfg, writer
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a") if writer else None
+        except OSError as error:
+            raise ConfigError(f"workdir = {str(workdir)!r}: {error.strerror.lower()}") from None
+        if writer:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"workdir = {str(workdir)!r}: another process is training here") from None
+        self._rows = None
+        self._require_same_config()
+        self.info = read_json(self.path / "run.json") or {}
+
+    def _require_same_config(self):
+        stored = read_json(self.path / "config.json")
+        if stored is None:
+            return
+        try:
+            stored = without_volatile(configs.from_dict(stored))
+        except ConfigError as error:
+            raise ConfigError(f"workdir = {str(self.path)!r}: holds a config that can't be read: {error}") from None
+        difference = first_difference(stored, without_volatile(self.cfg), "config")
+        if difference:
+            field, there, here = difference
+            raise ConfigError(f"workdir = {str(self.path)!r}: holds a run with {field} = {there!r}, not {here!r}")
+
+    def begin(self, **info):
+        """Write config.json and the first run.json of this process; keys of an earlier process stay."""
+        self.info = {"started": utc_now(), **self.info, **info}
+        if self.writer:
+            write_json(self.path / "config.json", to_dict(self.cfg))
+            rows = self.path / "metrics.jsonl"
+            torn = rows.exists() and not rows.read_bytes().endswith(b"\n") and rows.stat().st_size
+            self._rows = open(rows, "a")
+            self._rows.write("\n" if torn else "")
+        self.update()
+
+    def update(self, **info):
+        """Rewrite run.json with these keys changed."""
+        self.info |= {"updated": utc_now(), **info}
+        if self.writer:
+            write_json(self.path / "run.json", _finite(self.info)[0])
+
+    def append(self, row: dict):
+        """One line of metrics.jsonl. NaN and infinities become null and set "nonfinite"."""
+        if self.writer:
+            row, nonfinite = _finite(row)
+            self._rows.write(json.dumps(row | {"nonfinite": True} if nonfinite else row) + "\n")
+            self._rows.flush()
+
+    def rows(self, kind: str) -> list[dict]:
+        return [row for row in read_rows(self.path / "metrics.jsonl") if row.get("kind") == kind]
+
+    def release(self):
+        """Let other processes have the directory."""
+        for file in (self._rows, self._lock):
+            if file is not None:
+                file.close()
+
+
+def first_difference(there, here, path: str):
+    """(path, value there, value here) of the first field that differs between nested dicts, or None."""
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return None if there == here else (path, there, here)
+    for key in sorted(there.keys() | here.keys(), key=str):
+        found = first_difference(there.get(key), here.get(key), f"{path}.{key}")
+        if found:
+            return found
+    return None
+
+
+def read_json(path):
+    """The content, or None when the file is not there or not whole."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def write_json(path, content) -> None:
+    """Atomic: readers see the old file or the new one."""
+    temporary = f"{path}.tmp"
+    Path(temporary).write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_rows(path) -> list[dict]:
+    """Rows of a metrics.jsonl; lines that are not whole are left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _finite(value):
+    """(value with NaN and infinities as None, whether there were any)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, True
+    if isinstance(value, dict):
+        pairs = {k: _finite(v) for k, v in value.items()}
+        return {k: v for k, (v, _) in pairs.items()}, any(bad for _, bad in pairs.values())
+    return value, False
+
+
+def utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+def code_hash() -> str:
+    """12 hex digits over the Python files of efficient_lm and pallas_kernels."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in ("efficient_lm", "pallas_kernels"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]

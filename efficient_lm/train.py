@@ -1,0 +1,367 @@
+"""Train one model: python -m efficient_lm.train --config configs/dense.py:tiny --workdir runs/x [--config.a.b=c ...]
+
+The state is a plain dict {params, opt_state, ema, step}; one jitted function advances it by `steps_per_call` steps,
+sharded over a mesh. Batch k is a pure function of (seed, k), so a run that was killed and resumed takes the same
+steps as one that was not.
+"""
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from efficient_lm import checkpoint, hardware, metrics, sharding
+from efficient_lm.config import Config, run_id
+from efficient_lm.counting import count_flops, count_params
+from efficient_lm.data import open_data
+from efficient_lm.model import LM
+from efficient_lm.optim import make_optimizer, make_schedule, warmup_steps
+from efficient_lm.recorder import Diverged, Recorder
+from efficient_lm.schema import ConfigError
+
+EVAL_TOKENS = 4096  # tokens per evaluation batch, where a training batch isn't larger
+
+
+# ---------------------------------------------------------------------- what is compiled
+
+
+def make_loss(lm: LM, cfg: Config, constrain):
+    """loss(params, batch [B, T], weight): this batch's share of the objective, and what to log, both sums.
+
+    `weight` is the sum of loss_mask over the whole step, so that adding up micro-batches gives the mean over all
+    tokens of the step, however they are divided.
+    """
+    z_loss = cfg.train.z_loss
+
+    def loss(params, batch, weight):
+        mask = batch["loss_mask"]
+        logits, aux = lm(params, batch["inputs"], batch.get("segment_ids"), batch.get("positions"), constrain)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        # A masked sum instead of a gather: its gradient is no scatter, which is slow on every backend.
+        vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        target_logit = jnp.sum(jnp.where(vocabulary == batch["targets"][..., None], logits, 0.0), axis=-1)
+        nll = jnp.sum((log_z - target_logit) * mask) / weight
+        logged = {"loss": nll} | {k: v * (jnp.sum(mask) / weight) for k, v in aux.items()}
+        total = nll + sum(v for k, v in logged.items() if k.endswith("_loss"))
+        if z_loss:
+            logged["z_loss"] = jnp.sum(jnp.square(log_z) * mask) / weight
+            total += z_loss * logged["z_loss"]
+        return total, logged
+
+    return loss
+
+
+def make_train_step(lm: LM, cfg: Config, optimizer, schedule, constrain=lambda x: x):
+    """step(state, batch) -> state, metrics; batch arrays are [grad_accum, B / grad_accum, T]."""
+    grad = jax.grad(make_loss(lm, cfg, constrain), has_aux=True)
+
+    def step(state, batch):
+        params = state["params"]
+        weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+        if cfg.train.grad_accum == 1:
+            grads, logged = grad(params, jax.tree.map(lambda x: x[0], batch), weight)
+        else:
+            sums = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], batch), weight)
+            sums = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), sums)
+
+            def add(sums, micro_batch):
+                return jax.tree.map(jnp.add, sums, grad(params, micro_batch, weight)), None
+
+            (grads, logged), _ = jax.lax.scan(add, sums, batch)
+        logged |= {"grad_norm": optax.global_norm(grads), "lr": schedule(state["step"])}
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        params = optax.apply_updates(params, updates)
+        ema = _average(state["ema"], params, state["step"], cfg.train.ema) if cfg.train.ema else {}
+        return {"params": params, "opt_state": opt_state, "ema": ema, "step": state["step"] + 1}, logged
+
+    return step
+
+
+def _average(ema, params, step, decay):
+    # The decay rises to its value over the first steps, else a short run would average in its initial parameters.
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
+
+
+def repeat(step, calls: int):
+    """run(state, batches, n): n <= calls steps in one compiled call, batches and metrics with leading axis `calls`.
+
+    The trip count is dynamic: the same program, hence the same bits, serves a call that is cut short.
+    """
+    if calls == 1:
+        return lambda state, batch, n: step(state, batch)
+
+    def run(state, batches, n):
+        shapes = jax.eval_shape(step, state, jax.tree.map(lambda x: x[0], batches))[1]
+        logged = jax.tree.map(lambda a: jnp.zeros((calls, *a.shape), a.dtype), shapes)
+
+        def body(i, carry):
+            state, logged = carry
+            state, one = step(state, jax.tree.map(lambda x: x[i], batches))
+            return state, jax.tree.map(lambda all, x: all.at[i].set(x), logged, one)
+
+        return jax.lax.fori_loop(0, n, body, (state, logged))
+
+    return run
+
+
+def make_eval_step(lm: LM, constrain):
+    """evaluate(params, batch [B, T]) -> [sum of nll in nats, number of tokens]."""
+
+    def evaluate(params, batch):
+        logits, _ = lm(params, batch["inputs"], batch.get("segment_ids"), batch.get("positions"), constrain)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        return jnp.stack([jnp.sum(nll * batch["loss_mask"]), jnp.sum(batch["loss_mask"])])
+
+    return evaluate
+
+
+# ---------------------------------------------------------------------- one run
+
+
+def train(cfg: Config, workdir, *, devices=None, should_stop=lambda step: False) -> dict:
+    """Train `cfg` in `workdir`, or finish what an earlier process began there. Returns the content of run.json.
+
+    `should_stop(step)` is asked between compiled calls; True saves and ends with status 'preempted', as SIGTERM and
+    SIGINT do. Raises ConfigError when cfg or workdir can't be used; any other exception leaves status 'failed'.
+    """
+    run = metrics.RunDir(workdir, cfg, writer=jax.process_index() == 0)
+    try:
+        if run.info.get("status") in ("done", "diverged"):
+            return run.info
+        with stop_signals() as signalled:
+            return _train(cfg, run, devices, lambda step: signalled() or should_stop(step))
+    except BaseException as error:
+        if run.info.get("status") == "running":
+            run.update(status="failed", reason=f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
+        raise
+    finally:
+        run.release()
+
+
+def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
+    opts, steps = cfg.train, cfg.train.steps
+    hardware.enable_compile_cache()
+
+    # What is trained, on what, with what.
+    lm = LM(cfg.model)
+    schedule = make_schedule(cfg.optim, steps)
+    optimizer = make_optimizer(lm, cfg.optim, schedule)
+    micro_rows = opts.batch_size // opts.grad_accum
+    mesh = sharding.make_mesh(cfg.mesh, micro_rows, devices)
+    constrain = sharding.residual_constraint(mesh)
+    data = open_split(cfg, "train", opts.batch_size)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    validation = open_split(cfg, "validation", -(-max(micro_rows, EVAL_TOKENS // opts.seq_len) // shards) * shards)
+
+    # The state: fresh, of this run's last checkpoint, or of a trunk's.
+    def init(key):
+        params = lm.init(key)
+        ema = jax.tree.map(jnp.copy, params) if opts.ema else {}
+        return {"params": params, "opt_state": optimizer.init(params), "ema": ema, "step": jnp.zeros((), jnp.int32)}
+
+    key = jax.random.key(cfg.seed)
+    shardings = sharding.shard_tree(jax.eval_shape(init, key), mesh)
+    state = load_state(cfg, run.path / "ckpt", jax.eval_shape(jax.jit(init, out_shardings=shardings), key))
+    if state is None:
+        state = jax.jit(init, out_shardings=shardings)(key)
+    start = int(state["step"])
+
+    # The compiled functions.
+    whole = sharding.replicated(mesh)
+    train_step = make_train_step(lm, cfg, optimizer, schedule, constrain)
+    train_call = jax.jit(
+        repeat(train_step, opts.steps_per_call), donate_argnums=0, out_shardings=(shardings, whole)
+    )
+    eval_step = jax.jit(make_eval_step(lm, constrain), out_shardings=whole)
+
+    def load_call(call):
+        """The batches of a call on the devices, [grad_accum, rows, T] behind an axis of steps when there is one."""
+        first, n = call
+        batches = [data[min(k, first + n - 1)] for k in range(first, first + opts.steps_per_call)]
+        batch = jax.tree.map(
+            lambda *xs: np.stack(xs).reshape(opts.steps_per_call, opts.grad_accum, -1, opts.seq_len), *batches
+        )
+        if opts.steps_per_call == 1:
+            batch = jax.tree.map(lambda x: x[0], batch)
+        leading = 1 + (opts.steps_per_call > 1)
+        return call, sharding.to_devices(batch, sharding.batch_sharding(mesh, leading))
+
+    def evaluate():
+        """Validation loss in nats per token, every token of the split with the same weight."""
+        params = state["ema"] if opts.ema else state["params"]
+        batches = prefetch(
+            lambda k: sharding.to_devices(validation[k], sharding.batch_sharding(mesh)), range(len(validation))
+        )
+        nll, weight = np.sum([jax.device_get(s) for s in [eval_step(params, b) for b in batches]], 0, np.float64)
+        loss = float(nll / weight)
+        return {"loss": loss, "bpb": loss / math.log(2) / validation.bytes_per_token, "split": "validation"}
+
+    params, flops_per_token = count_params(cfg), count_flops(cfg)
+    peak = hardware.peak_flops(mesh.devices.flat[0].device_kind, cfg.model.dtype)
+    peak = peak and peak * mesh.size
+    if run.writer:
+        describe(cfg, mesh, data, params, flops_per_token, start)
+    run.begin(
+        **{"run_id": run_id(cfg), "name": cfg.name, "status": "running", "reason": None, "sweep": cfg.sweep},
+        **{"seed": cfg.seed, "steps_total": steps, "params": params, "flops_per_token": flops_per_token},
+        **{"final_loss": None, "final_bpb": None, "hardware": hardware.describe(mesh), "peak_flops": peak},
+        **{"versions": metrics.versions(), "code_hash": metrics.code_hash(), "data": data.spec},
+    )
+    recorder = Recorder(
+        run,
+        cfg,
+        start=start,
+        warmup=warmup_steps(cfg.optim, steps),
+        flops_per_token=flops_per_token,
+        peak_flops=peak,
+    )
+
+    # The loop.
+    try:
+        for (first, n), batch in prefetch(load_call, plan_calls(start, opts)):
+            state, logged = train_call(state, batch, n)
+            step = first + n
+            recorder.add(step, n, logged)
+            stopping = step < steps and should_stop(step)
+            at_eval, at_checkpoint = (
+                step < steps and every and step % every == 0 for every in (opts.eval_every, opts.checkpoint_every)
+            )
+            if not (stopping or at_eval or at_checkpoint):
+                continue
+            recorder.drain()
+            if at_eval:
+                recorder.write("eval", step, evaluate())
+            if stopping or at_checkpoint:
+                checkpoint.save(run.path / "ckpt", step, state, keep=opts.keep_checkpoints)
+                recorder.update()
+            if stopping:
+                return recorder.update(status="preempted", reason=f"stopped at step {step}; resumes from there")
+            recorder.resume()
+        recorder.drain()
+        final = evaluate()
+        recorder.write("eval", steps, final)
+        if start < steps or opts.init_from:
+            checkpoint.save(run.path / "ckpt", steps, state, keep=opts.keep_checkpoints)
+        return recorder.update(status="done", final_loss=final["loss"], final_bpb=final["bpb"])
+    except Diverged as error:
+        return recorder.update(status="diverged", reason=str(error))
+    finally:
+        recorder.close()
+
+
+# ---------------------------------------------------------------------- parts of a run
+
+
+def open_split(cfg: Config, split: str, batch_size: int):
+    """Batches of one split. In 'stream' packing nothing is reset, so ids and positions are left to the model."""
+    source = open_data(
+        cfg.data,
+        seq_len=cfg.train.seq_len,
+        batch_size=batch_size,
+        seed=cfg.seed,
+        split=split,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+    if source.vocab_size > cfg.model.vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size = {cfg.model.vocab_size}: must be at least {source.vocab_size}, the vocabulary "
+            f"of data source {cfg.data.source!r}"
+        )
+    return source
+
+
+def load_state(cfg: Config, directory: Path, like):
+    """The last checkpoint in `directory`, else the one of train.init_from, else None. Raises ConfigError."""
+    found = checkpoint.steps(directory)
+    if found:
+        return checkpoint.restore(directory, found[-1], like)
+    if not cfg.train.init_from:
+        return None
+    trunk = Path(cfg.train.init_from)
+    found = checkpoint.steps(trunk / "ckpt")
+    step = cfg.train.init_step or (found[-1] if found else 0)
+    if step not in found:
+        have = ", ".join(map(str, found)) or "none"
+        field, value = ("init_step", step) if cfg.train.init_step else ("init_from", str(trunk))
+        raise ConfigError(f"config.train.{field} = {value!r}: no such checkpoint in {trunk}; there are: {have}")
+    if step >= cfg.train.steps:
+        raise ConfigError(f"config.train.steps = {cfg.train.steps}: must exceed the step of init_from, {step}")
+    return checkpoint.restore(trunk / "ckpt", step, like)
+
+
+def plan_calls(start: int, opts):
+    """(first step, number of steps) of each compiled call; none crosses an evaluation or a checkpoint."""
+    step = start
+    while step < opts.steps:
+        stops = [step + opts.steps_per_call, opts.steps]
+        stops += [(step // every + 1) * every for every in (opts.eval_every, opts.checkpoint_every) if every]
+        yield step, min(stops) - step
+        step = min(stops)
+
+
+def prefetch(load, items, depth: int = 2):
+    """load(item) for each item, in order, computed ahead in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque()
+        for item in items:
+            ahead.append(pool.submit(load, item))
+            if len(ahead) > depth:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Inside, SIGTERM and SIGINT only set a flag, which the yielded function returns; a second SIGINT interrupts."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+
+    def handle(number, frame):
+        if flag.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        flag.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def describe(cfg: Config, mesh, data, params, flops, start) -> None:
+    """Print what is derived from the config."""
+    tokens = cfg.train.steps * cfg.train.batch_size * cfg.train.seq_len
+    trained = params["non_embedding"] + params["head"]
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(
+        f"run         {run_id(cfg)} {cfg.name}".rstrip() + (f", resumes at step {start}" if start else "") + "\n"
+        f"parameters  {params['total']:,} = {params['non_embedding']:,} in blocks + {params['embedding']:,} embedding"
+        + (" (tied)" if cfg.model.tie_embeddings else f" + {params['head']:,} head")
+        + (f"; active {params['active']:,}" if params["active"] != trained else "")
+        + f"\ntokens      {tokens:,} = {tokens / trained:.3g} per parameter, from {cfg.data.source}"
+        f"\nFLOPs       {flops['model_causal']:.4g} per token (causal; 6N = {flops['6n']:.4g}), "
+        f"{flops['model_causal'] * tokens:.4g} in all"
+        f"\ndevices     {mesh.size} {mesh.devices.flat[0].device_kind} ({axes}), compute in {cfg.model.dtype}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    from efficient_lm import cli
+
+    sys.exit(cli.main(train))
