@@ -116,6 +116,8 @@ class IsoFlop:
             for rule in (self.lr, self.batch):
                 warnings.update(dict.fromkeys(_summary(rule, candidate.size)))
             cells.append(cell)
+        if 0 < len(cells) < 4:
+            warnings[f"{label}: {len(cells)} sizes; a parabola with an interior minimum needs 4 or more"] = None
         return cells
 
     def _near_optimal(self, candidates):

@@ -27,7 +27,7 @@ def main(argv=None) -> int:
 def _launch(args, overrides) -> int:
     store = Store(args.store)
     planned = plan.plan_from_arguments(args, overrides, store)
-    plan.print_notes(planned)
+    plan.print_notes(planned, sys.stderr)
     cells = waiting_cells(planned.cells, store, again=args.resume)
     if args.launcher == "print":
         for cell in cells:
@@ -103,6 +103,8 @@ def _literal(value) -> str:
     """Text that `config.parse_literal` reads back as the same value."""
     if isinstance(value, str):
         return value if configs.parse_literal(value) == value else repr(value)
+    if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+        return ",".join(value)
     return repr(value)
 
 
@@ -116,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_plan_arguments(parser)
     parser.add_argument("--store", required=True, help="run store, e.g. runs/NAME")
-    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where to run; print only shows commands")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="print only shows the commands")
     parser.add_argument("--resume", action="store_true", help="also run failed cells again")
     group = parser.add_argument_group("slurm")
     group.add_argument("--partition", help="SLURM partition")

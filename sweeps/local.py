@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from efficient_lm.schema import to_dict
 from sweeps.store import ENDED, Store
 from sweeps.worker import TRAINER
 
@@ -40,7 +41,7 @@ class Worker:
         )
 
     def give(self, cell) -> None:
-        job = {"run_id": cell.run_id, "config": _plain(cell.config), "fields": run_fields(cell)}
+        job = {"run_id": cell.run_id, "config": to_dict(cell.config), "fields": run_fields(cell)}
         self.cell = cell
         try:
             print(json.dumps(job), file=self.process.stdin, flush=True)
@@ -207,12 +208,6 @@ def run_fields(cell) -> dict:
     }
 
 
-def _plain(config) -> dict:
-    from efficient_lm.schema import to_dict
-
-    return to_dict(config)
-
-
 def split_cores(workers: int) -> list[list[int]]:
     """The cores of this process dealt out to `workers` workers; with more workers than cores, one core each in turn."""
     cores = sorted(os.sched_getaffinity(0))
@@ -228,5 +223,6 @@ def gpus() -> list[str]:
         return [device for device in visible.split(",") if device]
     if "cpu" in os.environ.get("JAX_PLATFORMS", "") or not shutil.which("nvidia-smi"):
         return []
-    listing = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    listing = subprocess.run(query, capture_output=True, text=True)
     return listing.stdout.split() if listing.returncode == 0 else []

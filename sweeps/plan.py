@@ -291,11 +291,11 @@ def default_workers(asked: int | None) -> int:
     return asked or len(gpus()) or len(os.sched_getaffinity(0))
 
 
-def print_notes(plan: Plan) -> None:
+def print_notes(plan: Plan, file=None) -> None:
     for note in plan.dropped:
-        print(f"left out: {note}")
+        print(f"left out: {note}", file=file)
     for warning in plan.warnings:
-        print(f"warning: {warning}")
+        print(f"warning: {warning}", file=file)
 
 
 def main(argv=None) -> int:

@@ -33,7 +33,7 @@ class Rule:
 
     def warnings(self, size: RunSize) -> list[str]:
         return [
-            f"{self.name} ({self.source}): {key} = {getattr(size, key):.2g} outside the fitted range {low:.2g}..{high:.2g}"
+            f"{self.name} ({self.source}): {key} = {getattr(size, key):.2g} outside the fitted {low:.2g}..{high:.2g}"
             for key, (low, high) in self.fitted.items()
             if not low <= getattr(size, key) <= high
         ]

@@ -4,6 +4,7 @@ The trainer runs as a child process: on the signal before the time limit (or a p
 `checkpoint()` inside a signal handler, where the child can be told to save and be waited for.
 """
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -77,14 +78,16 @@ def launch(cells, store: Store, args) -> int:
         **({"gpus_per_node": args.gpus} if args.gpus else {}),
         **({"slurm_partition": args.partition} if args.partition else {}),
     )
-    jobs = [CellJob(_command(cell, store), str(store.path), cell.run_id, run_fields(cell)) for cell in _longest_first(cells)]
+    cells = sorted(cells, key=lambda cell: cell.predicted_seconds or cell.flops, reverse=True)
+    jobs = [CellJob(_command(cell, store), str(store.path), cell.run_id, run_fields(cell)) for cell in cells]
     try:
         with executor.batch():
             submitted = [executor.submit(job) for job in jobs]
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
         text = str(error).strip().splitlines()
         raise ConfigError(f"launcher = 'slurm': sbatch refused the jobs ({text[-1] if text else error})") from None
-    print(f"submitted {len(submitted)} jobs as array {submitted[0].job_id.partition('_')[0]}; logs in {executor.folder}")
+    array = submitted[0].job_id.partition("_")[0]
+    print(f"submitted {len(submitted)} jobs as array {array}; logs in {executor.folder}")
     if not args.wait:
         print(f"follow them with: python -m sweeps.status --store {store.path} --watch")
         return 0
@@ -94,13 +97,7 @@ def launch(cells, store: Store, args) -> int:
     return launching.exit_code(cells, store, stopped=False)
 
 
-def _longest_first(cells):
-    return sorted(cells, key=lambda cell: cell.predicted_seconds or cell.flops, reverse=True)
-
-
 def _command(cell, store: Store) -> list[str]:
-    import shlex
-
     from sweeps.launch import command
 
     return [sys.executable, *shlex.split(command(cell, store))[1:]]

@@ -83,7 +83,7 @@ class Store:
         return process_start(worker.get("pid", -1)) == worker.get("process_start")
 
     def _being_trained(self, run_id, run) -> bool:
-        """For runs without a worker on this host: the trainer holds a lock here, or lives elsewhere and still writes."""
+        """For runs without a worker here: the trainer holds its lock, or lives on another host and still writes."""
         folder = self.run_dir(run_id)
         try:
             with open(folder / ".lock") as file:

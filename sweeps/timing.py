@@ -18,7 +18,7 @@ from efficient_lm import config as configs
 from efficient_lm.schema import ConfigError
 from sweeps.store import read_json, write_json
 
-_SECONDS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}
+_SECONDS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Budget:
             return flops
         if seconds is None:
             raise ConfigError(
-                f"budget = {self.text!r}: needs predicted times; add --calibrate (times a few steps) or --tokens-per-second"
+                f"budget = {self.text!r}: needs predicted times; add --calibrate (times steps) or --tokens-per-second"
             )
         return seconds if self.kind == "device_seconds" else seconds / workers
 
