@@ -75,6 +75,17 @@ def test_prepared_subword_data(bpe, corpus, tmp_path, config):
         open_data(config(path=str(path)), seq_len=8, batch_size=2, seed=0, split="train")
 
 
+def test_a_tokenizer_file_that_changed_after_preparing_is_refused(bpe, corpus, tmp_path, config):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(bpe.to_json())
+    write(tmp_path / "store", corpus.documents(), load_tokenizer(str(file)), name="words", about={})
+    cfg = config(path=str(tmp_path / "store"), tokenizer=str(file))
+    assert open_data(cfg, seq_len=8, batch_size=2, seed=0, split="train").tokenizer.hash == bpe.hash
+    file.write_text(train_corpus_bpe(corpus, 290).to_json())
+    with pytest.raises(ConfigError, match=f"was prepared with .*hash {bpe.hash}"):
+        open_data(cfg, seq_len=8, batch_size=2, seed=0, split="train")
+
+
 def test_bad_tokenizers_are_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     for spec, words in [("bpe:12", "at least 257"), ("gpt99", "existing tokenizer.json"), (str(tmp_path), "not a tok")]:

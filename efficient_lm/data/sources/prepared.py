@@ -17,13 +17,13 @@ def open_rows(cfg, *, seq_len, seed, split):
 
 
 def _check_tokenizer(given: str, store):
-    """`given` names the tokenizer of the store ('bytes', 'bpe:8192') or is a file with the same content."""
+    """`given` is 'bytes' or 'bpe:N' as in the store's spec, or a tokenizer file with the same content."""
     made = store.spec["tokenizer"]
-    if given == made["name"]:
+    is_name = given == "bytes" or given.startswith("bpe:")
+    if given == made["name"] if is_name else load_tokenizer(given).hash == made["hash"]:
         return
-    same_kind_of_name = given == "bytes" or given.startswith("bpe:")
-    if same_kind_of_name or load_tokenizer(given).hash != made["hash"]:
-        raise ConfigError(
-            f"config.data.tokenizer = {given!r}: {store.path} was prepared with {made['name']!r} "
-            f"(hash {made['hash']}); set it to {made['name']!r}"
-        )
+    own = made["name"] if made["name"] == "bytes" else str(store.path / "tokenizer.json")
+    raise ConfigError(
+        f"config.data.tokenizer = {given!r}: {store.path} was prepared with {made['name']!r} (hash {made['hash']}); "
+        f"set it to {own!r}"
+    )
