@@ -26,7 +26,7 @@ def linear_attention_flops(T, H, K, V, decay="none", chunk_size=None, implementa
         return float(H * 2 * K * V)  # k v^T is element-wise
     if implementation != "xla":
         raise ValueError(f"implementation = {implementation!r}: allowed are None, 'xla', 'reference'")
-    chunk = chunk_size or default_chunk(decay, T)
+    chunk = chunk_size or default_chunk(decay)
     chunk = min(chunk, 1 << (T - 1).bit_length() if decay == "channel" else T)
     n = -(-T // chunk)
     padded = n * chunk
