@@ -74,11 +74,14 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     ])
 
 
-def shard_tree(tree, mesh: Mesh):
-    """The NamedSharding of every array (or ShapeDtypeStruct) of `tree`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec_for(path_of(path), leaf.shape, mesh)), tree
-    )
+def place(tree, mesh: Mesh):
+    """ShapeDtypeStructs like the arrays of `tree`, with the sharding that the rules give them."""
+
+    def one(path, leaf):
+        spec = spec_for(path_of(path), leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

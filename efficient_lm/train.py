@@ -60,25 +60,26 @@ def make_loss(lm: LM, cfg: Config, constrain):
     return loss
 
 
-def make_train_step(lm: LM, cfg: Config, optimizer, schedule, constrain=lambda x: x):
-    """step(state, batch) -> state, metrics; batch arrays are [grad_accum, B / grad_accum, T]."""
-    grad = jax.grad(make_loss(lm, cfg, constrain), has_aux=True)
+def make_train_step(lm: LM, cfg: Config, optimizer, constrain=lambda x: x):
+    """step(state, batch, lr) -> state, metrics; batch arrays are [grad_accum, B / grad_accum, T], lr is a scalar."""
+    grad = jax.jit(jax.grad(make_loss(lm, cfg, constrain), has_aux=True))
 
-    def step(state, batch):
+    def step(state, batch, lr):
         params = state["params"]
         weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+        micro_batch = jax.tree.map(lambda x: x[0], batch)
         if cfg.train.grad_accum == 1:
-            grads, logged = grad(params, jax.tree.map(lambda x: x[0], batch), weight)
+            grads, logged = grad(params, micro_batch, weight)
         else:
-            sums = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], batch), weight)
-            sums = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), sums)
+            shapes = jax.eval_shape(grad, params, micro_batch, weight)
+            sums = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
             def add(sums, micro_batch):
                 return jax.tree.map(jnp.add, sums, grad(params, micro_batch, weight)), None
 
             (grads, logged), _ = jax.lax.scan(add, sums, batch)
-        logged |= {"grad_norm": optax.global_norm(grads), "lr": schedule(state["step"])}
-        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        logged |= {"grad_norm": optax.global_norm(grads), "lr": lr}
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params, learning_rate=lr)
         params = optax.apply_updates(params, updates)
         ema = _average(state["ema"], params, state["step"], cfg.train.ema) if cfg.train.ema else {}
         return {"params": params, "opt_state": opt_state, "ema": ema, "step": state["step"] + 1}, logged
@@ -93,25 +94,27 @@ def _average(ema, params, step, decay):
 
 
 def repeat(step, calls: int):
-    """run(state, batches, n): n <= calls steps in one compiled call, batches and metrics with leading axis `calls`.
+    """run(state, batches, lrs, n): n <= calls steps; batches, lrs and the metrics have a leading axis `calls`.
 
     The trip count is dynamic: the same program, hence the same bits, serves a call that is cut short.
     """
-    if calls == 1:
-        return lambda state, batch, n: step(state, batch)
+    step = jax.jit(step)
 
-    def run(state, batches, n):
-        shapes = jax.eval_shape(step, state, jax.tree.map(lambda x: x[0], batches))[1]
+    def run(state, batches, lrs, n):
+        shapes = jax.eval_shape(step, state, jax.tree.map(lambda x: x[0], batches), lrs[0])[1]
         logged = jax.tree.map(lambda a: jnp.zeros((calls, *a.shape), a.dtype), shapes)
 
         def body(i, carry):
             state, logged = carry
-            state, one = step(state, jax.tree.map(lambda x: x[i], batches))
+            state, one = step(state, jax.tree.map(lambda x: x[i], batches), lrs[i])
             return state, jax.tree.map(lambda all, x: all.at[i].set(x), logged, one)
 
         return jax.lax.fori_loop(0, n, body, (state, logged))
 
-    return run
+    def run_one(state, batches, lrs, n):
+        return step(state, jax.tree.map(lambda x: x[0], batches), lrs[0])
+
+    return run if calls > 1 else run_one
 
 
 def make_eval_step(lm: LM, constrain):
@@ -137,6 +140,7 @@ def train(cfg: Config, workdir, *, devices=None, should_stop=lambda step: False)
     run = metrics.RunDir(workdir, cfg, writer=jax.process_index() == 0)
     try:
         if run.info.get("status") in ("done", "diverged"):
+            print(f"{workdir} holds this run, already {run.info['status']}")
             return run.info
         with stop_signals() as signalled:
             return _train(cfg, run, devices, lambda step: signalled() or should_stop(step))
@@ -155,7 +159,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     # What is trained, on what, with what.
     lm = LM(cfg.model)
     schedule = make_schedule(cfg.optim, steps)
-    optimizer = make_optimizer(lm, cfg.optim, schedule)
+    optimizer = make_optimizer(lm, cfg.optim)
     micro_rows = opts.batch_size // opts.grad_accum
     mesh = sharding.make_mesh(cfg.mesh, micro_rows, devices)
     constrain = sharding.residual_constraint(mesh)
@@ -163,38 +167,36 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     validation = open_split(cfg, "validation", -(-max(micro_rows, EVAL_TOKENS // opts.seq_len) // shards) * shards)
 
-    # The state: fresh, of this run's last checkpoint, or of a trunk's.
+    # The state: of this run's last checkpoint, or of a trunk's, or fresh.
+    @jax.jit
     def init(key):
         params = lm.init(key)
         ema = jax.tree.map(jnp.copy, params) if opts.ema else {}
         return {"params": params, "opt_state": optimizer.init(params), "ema": ema, "step": jnp.zeros((), jnp.int32)}
 
     key = jax.random.key(cfg.seed)
-    shardings = sharding.shard_tree(jax.eval_shape(init, key), mesh)
-    state = load_state(cfg, run.path / "ckpt", jax.eval_shape(jax.jit(init, out_shardings=shardings), key))
+    like = sharding.place(jax.eval_shape(init, key), mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    state = load_state(cfg, run.path / "ckpt", like)
     if state is None:
         state = jax.jit(init, out_shardings=shardings)(key)
     start = int(state["step"])
 
     # The compiled functions.
     whole = sharding.replicated(mesh)
-    train_step = make_train_step(lm, cfg, optimizer, schedule, constrain)
-    train_call = jax.jit(
-        repeat(train_step, opts.steps_per_call), donate_argnums=0, out_shardings=(shardings, whole)
-    )
+    train_step = make_train_step(lm, cfg, optimizer, constrain)
+    train_call = jax.jit(repeat(train_step, opts.steps_per_call), donate_argnums=0, out_shardings=(shardings, whole))
     eval_step = jax.jit(make_eval_step(lm, constrain), out_shardings=whole)
 
     def load_call(call):
-        """The batches of a call on the devices, [grad_accum, rows, T] behind an axis of steps when there is one."""
+        """Batches [steps_per_call, grad_accum, rows, T] on the devices and learning rates of a call."""
         first, n = call
-        batches = [data[min(k, first + n - 1)] for k in range(first, first + opts.steps_per_call)]
-        batch = jax.tree.map(
-            lambda *xs: np.stack(xs).reshape(opts.steps_per_call, opts.grad_accum, -1, opts.seq_len), *batches
-        )
-        if opts.steps_per_call == 1:
-            batch = jax.tree.map(lambda x: x[0], batch)
-        leading = 1 + (opts.steps_per_call > 1)
-        return call, sharding.to_devices(batch, sharding.batch_sharding(mesh, leading))
+        ks = [min(k, first + n - 1) for k in range(first, first + opts.steps_per_call)]
+        batches = [data[k] for k in ks]
+        shape = (opts.steps_per_call, opts.grad_accum, -1, opts.seq_len)
+        batch = {name: np.stack([b[name] for b in batches]).reshape(shape) for name in batches[0]}
+        lrs = np.asarray([schedule(k) for k in ks], np.float32)
+        return call, sharding.to_devices(batch, sharding.batch_sharding(mesh, leading=2)), lrs
 
     def evaluate():
         """Validation loss in nats per token, every token of the split with the same weight."""
@@ -228,8 +230,8 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
 
     # The loop.
     try:
-        for (first, n), batch in prefetch(load_call, plan_calls(start, opts)):
-            state, logged = train_call(state, batch, n)
+        for (first, n), batch, lrs in prefetch(load_call, plan_calls(start, opts)):
+            state, logged = train_call(state, batch, lrs, n)
             step = first + n
             recorder.add(step, n, logged)
             stopping = step < steps and should_stop(step)

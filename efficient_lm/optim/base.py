@@ -1,4 +1,4 @@
-"""Optimizer = clip -> algorithm (one file each) -> per-parameter learning rate -> schedule, as an optax chain.
+"""Optimizer = clip -> algorithm (one file each) -> per-parameter factor -> learning rate, as an optax chain.
 
 How learning rate, weight decay and Adam's epsilon depend on a parameter's role and on the model's size
 (muP 2203.03466; depth: CompleteP 2505.01618; m = width multiplier, l = n_layers / base_depth, a = depth_alpha):
@@ -48,23 +48,30 @@ def parameter_groups(lm, cfg) -> Groups:
     return Groups(roles, *(jax.tree.map(table.__getitem__, roles) for table in (lr, decay, eps)))
 
 
-def make_optimizer(lm, cfg, schedule) -> optax.GradientTransformation:
-    """The chain for an LM, an OptimConfig and a schedule (step -> learning rate). Raises ConfigError."""
+def make_optimizer(lm, cfg) -> optax.GradientTransformationExtraArgs:
+    """The chain for an LM and an OptimConfig; its `update` takes a keyword `learning_rate`. Raises ConfigError."""
     groups = parameter_groups(lm, cfg)
     algorithm = OPTIMIZERS.find(cfg.name, "config.optim.name")
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         algorithm(cfg, groups),
         scale_by_tree(groups.lr),
-        optax.scale_by_learning_rate(schedule),
+        scale_by_learning_rate(),
     )
 
 
 def scale_by_tree(factors) -> optax.GradientTransformation:
     """Multiply every update by its own number."""
-    return optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u, f: u if f == 1.0 else f * u, updates, factors)
-    )
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u if f == 1.0 else f * u, updates, factors))
+
+
+def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiply by -learning_rate, an argument of the update: a constant would be part of the compiled program."""
+
+    def update(updates, state, params=None, *, learning_rate, **_):
+        return jax.tree.map(lambda u: -learning_rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def add_decay(weight_decay: float, factors) -> optax.GradientTransformation:

@@ -1,10 +1,10 @@
-"""Learning-rate schedules. Each gives the share of the peak after warm-up.
+"""Learning-rate schedules, evaluated on the host so that runs of one shape share a compiled program.
 
-A schedule is `shape(cfg, step, start, steps)`: step counts from 0, `start` is the first step after warm-up, `steps`
-the length of the run. Warm-up itself is common: step s < start has (s + 1) / start of the peak.
+A schedule is `shape(cfg, step, start, steps)` -> share of the peak: step counts from 0, `start` is the first step after
+warm-up, `steps` the length of the run. Warm-up is common to all: step s < start has (s + 1) / start of the peak.
 """
 
-import jax.numpy as jnp
+import math
 
 from efficient_lm.registry import Registry
 
@@ -12,14 +12,12 @@ SCHEDULES = Registry("schedule")
 
 
 def make_schedule(cfg, steps: int):
-    """step (int array) -> learning rate (float32), from an OptimConfig. Raises ConfigError."""
+    """step -> learning rate, from an OptimConfig. Raises ConfigError."""
     shape = SCHEDULES.find(cfg.schedule, "config.optim.schedule")
     warmup = warmup_steps(cfg, steps)
 
-    def schedule(step):
-        step = jnp.asarray(step, jnp.float32)
-        rising = (step + 1.0) / max(warmup, 1)
-        return cfg.lr * jnp.where(step < warmup, rising, shape(cfg, step, warmup, steps))
+    def schedule(step: int) -> float:
+        return cfg.lr * ((step + 1) / warmup if step < warmup else shape(cfg, step, warmup, steps))
 
     return schedule
 
@@ -37,14 +35,13 @@ def share(fraction: float, steps: int) -> int:
 @SCHEDULES.register("constant")
 def constant(cfg, step, start, steps):
     """1 until the end."""
-    return jnp.ones_like(step)
+    return 1.0
 
 
 @SCHEDULES.register("cosine")
 def cosine(cfg, step, start, steps):
     """Half a cosine from 1 to final_lr (1608.03983)."""
-    progress = _progress(step, start, steps)
-    return cfg.final_lr + (1.0 - cfg.final_lr) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    return cfg.final_lr + (1.0 - cfg.final_lr) * 0.5 * (1.0 + math.cos(math.pi * _progress(step, start, steps)))
 
 
 @SCHEDULES.register("linear")
@@ -56,8 +53,8 @@ def linear(cfg, step, start, steps):
 @SCHEDULES.register("wsd")
 def wsd(cfg, step, start, steps):
     """Warmup-stable-decay (2404.06395): 1, then 1 - sqrt(progress) to final_lr over the last `decay` (2405.18392)."""
-    return 1.0 - (1.0 - cfg.final_lr) * jnp.sqrt(_progress(step, steps - share(cfg.decay, steps), steps))
+    return 1.0 - (1.0 - cfg.final_lr) * math.sqrt(_progress(step, steps - share(cfg.decay, steps), steps))
 
 
 def _progress(step, begin, end):
-    return jnp.clip((step - begin) / max(end - begin, 1), 0.0, 1.0)
+    return min(max((step - begin) / max(end - begin, 1), 0.0), 1.0)
