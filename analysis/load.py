@@ -13,7 +13,12 @@ import numpy as np
 import pandas as pd
 
 N_ACCOUNTING = {"nonemb_head": "N_nonemb_head", "nonemb": "N_nonemb", "total": "N_total"}
-C_ACCOUNTING = {"model_causal": "C_model_causal", "model_full": "C_model_full", "6nd": "C_6nd", "hardware": "C_hardware"}
+C_ACCOUNTING = {
+    "model_causal": "C_model_causal",
+    "model_full": "C_model_full",
+    "6nd": "C_6nd",
+    "hardware": "C_hardware",
+}
 STATUSES = {"done", "running", "preempted", "diverged", "failed", "planned", "unreadable"}
 
 
@@ -31,7 +36,7 @@ class Table:
     filters: list[str] = field(default_factory=list)
 
     def exclude(self, mask, reason) -> None:
-        """Moves the rows under the boolean `mask` [rows] to `excluded`; `reason` is a string or a function of the row."""
+        """Moves the rows under the boolean `mask` [rows] to `excluded`; `reason` is text or a function of the row."""
         out = self.rows[mask].copy()
         out["reason"] = [reason(row) if callable(reason) else reason for _, row in out.iterrows()]
         if len(out):
@@ -97,7 +102,11 @@ def _run_row(path: Path) -> dict | None:
     except FileNotFoundError:
         if not (path / "config.json").exists():
             return None
-        return {"run_id": path.name, "status": "unreadable", "reason": "no run.json (killed before the first write)"}
+        return {
+            "run_id": path.name,
+            "status": "unreadable",
+            "reason": "no run.json (killed before the first write)",
+        }
     except ValueError as err:
         return {"run_id": path.name, "status": "unreadable", "reason": f"run.json is not valid JSON ({err})"}
     params, flops, data = (run.get(key) or {} for key in ("params", "flops", "data"))
@@ -127,14 +136,21 @@ def _run_row(path: Path) -> dict | None:
 
 def _planned_rows(store: Path) -> list[dict]:
     try:
-        sweep = json.loads((store / "sweep.json").read_text())
-        cells = sweep.get("cells") or sweep.get("planned") or []
+        cells = json.loads((store / "sweep.json").read_text()).get("cells", [])
     except (FileNotFoundError, ValueError, AttributeError):
         return []
     rows = []
     for cell in cells:
         axes = {key: value for key, value in (cell.get("axes") or {}).items() if np.isscalar(value)}
-        rows.append({"name": axes.get("arch"), **axes, "run_id": cell.get("run_id"), "status": "planned", "D": cell.get("tokens")})
+        rows.append(
+            {
+                "name": axes.get("arch"),
+                **axes,
+                "run_id": cell.get("run_id"),
+                "status": "planned",
+                "D": cell.get("tokens"),
+            }
+        )
     return rows
 
 
@@ -263,7 +279,9 @@ def check_comparable(table: Table) -> None:
     """Raises DataError where the runs used different data or tokenizers: their nats per token cannot be compared."""
     if "data" in table.rows and table.rows["data"].nunique() > 1:
         kinds = ", ".join(repr(kind) for kind in table.rows["data"].unique()[:3])
-        raise DataError(f"column 'data' is mixed ({kinds}): losses are not comparable; choose one with --where \"data == ...\"")
+        raise DataError(
+            f"column 'data' is mixed ({kinds}): losses are not comparable; choose one with --where \"data == ...\""
+        )
 
 
 def _exclude_unusable_runs(table: Table) -> None:
@@ -271,7 +289,11 @@ def _exclude_unusable_runs(table: Table) -> None:
         note = f": {row['reason']}" if isinstance(row.get("reason"), str) and row["reason"] else ""
         if row["status"] in ("running", "preempted") and pd.notna(row.get("steps_done")):
             note = f" at step {row['steps_done']:.0f} of {row['steps_total']:.0f}{note}"
-        names = {"running": "unfinished (running", "preempted": "unfinished (preempted", "planned": "planned, not run"}
+        names = {
+            "running": "unfinished (running",
+            "preempted": "unfinished (preempted",
+            "planned": "planned, not run",
+        }
         text = names.get(row["status"], str(row["status"]))
         return text + note + (")" if "(" in text else "")
 
@@ -316,4 +338,6 @@ def _names(frame: pd.DataFrame) -> str:
 
 
 def _count_reasons(excluded: pd.DataFrame) -> str:
-    return "; ".join(f"{count} x {reason}" for reason, count in excluded["reason"].value_counts().items()) or "it is empty"
+    return (
+        "; ".join(f"{count} x {reason}" for reason, count in excluded["reason"].value_counts().items()) or "it is empty"
+    )

@@ -1,9 +1,9 @@
 """Batched L-BFGS in JAX, float64: thousands of small problems at once, each with its own line search and weights.
 
 One evaluation of every lane per step: a lane whose trial point fails the weak Wolfe conditions brackets its step length
-(Lewis and Overton, Math. Program. 141, 2013, which also suits the kinks of a Huber loss with a small threshold) while its
-neighbours move on, so no lane waits for the line search of another. Between chunks of steps the finished lanes are set
-aside and the rest are packed into a smaller batch.
+(Lewis and Overton, Math. Program. 141, 2013, which also suits the kinks of a Huber loss with a small threshold) while
+its neighbours move on, so no lane waits for the line search of another. A fixed pool of lanes works through the queue
+of problems: a lane that has finished takes the next problem, so one compiled size serves any number of them.
 """
 
 import functools
@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LANES = 512  # problems advanced together
 MEMORY = 6  # pairs (s, y) kept per lane
-CHUNK = 24  # evaluations between two looks at which lanes have finished
+CHUNK = 16  # evaluations between two looks at which lanes have finished
 ARMIJO, CURVATURE = 1e-4, 0.9
-RUNNING, CONVERGED, STUCK = 0, 1, 2
+RUNNING, CONVERGED, STUCK, EXHAUSTED = 0, 1, 2, 3
+STATUS = np.array(["running", "converged", "line-search failed", "max-iter"])
 
 
 @dataclass(frozen=True)
 class Minima:
-    """End points `z` [lanes, P], objective `f` [lanes] and `status` [lanes]: 'converged', 'line-search failed', 'max-iter'."""
+    """End points `z` [problems, P], objective `f` [problems], `status` [problems] (see STATUS)."""
 
     z: np.ndarray
     f: np.ndarray
@@ -28,61 +30,65 @@ class Minima:
 
 
 def minimize(
-    objective: Callable, z0, weights, data, *, ftol: float = 1e-11, max_evals: int = 600, progress: Callable | None = None
+    objective: Callable,
+    z0,
+    weights,
+    data,
+    *,
+    ftol: float = 1e-11,
+    max_evals: int = 600,
+    progress: Callable | None = None,
 ) -> Minima:
-    """Minimises `objective(z [P], weights [n], data) -> scalar` from every start z0 [lanes, P].
+    """Minimises `objective(z [P], weights [n], data) -> scalar` from every start z0 [problems, P].
 
     Args:
       objective: a hashable function (module level or cached), traced by JAX in float64.
-      weights: [n] shared by all lanes, or [lanes, n] (bootstrap multiplicities).
-      data: pytree of arrays that all lanes share.
-      ftol: a lane has converged after three accepted steps in a row with a relative decrease below this.
-      max_evals: evaluations after which a lane counts as 'max-iter'.
-      progress: called with the number of lanes finished in each chunk.
+      weights: [n] shared by all problems, or [problems, n] (bootstrap multiplicities).
+      data: pytree of arrays that all problems share.
+      ftol: converged after three accepted steps in a row with a relative decrease below this.
+      max_evals: evaluations after which a problem counts as 'max-iter'.
+      progress: called with the number of problems finished since the last call.
     """
     import jax
 
     z0, weights = np.asarray(z0, float), np.asarray(weights, float)
-    lanes, shared = len(z0), weights.ndim == 1
-    out_z, out_f = z0.copy(), np.full(lanes, np.inf)
-    status = np.full(lanes, RUNNING)
+    count = len(z0)
+    weights = np.broadcast_to(weights, (count, weights.shape[-1]))
+    out_z, out_f, status = z0.copy(), np.full(count, np.inf), np.full(count, RUNNING)
+    lane = np.full(LANES, -1)  # problem that each lane works on, -1 = idle
+    following = 0  # next problem in the queue
     with jax.enable_x64(True):
-        start, advance = _compiled(objective, shared)
-        index = np.arange(lanes)
-        state = start(z0, weights, data)
-        for _ in range(-(-max_evals // CHUNK)):
-            state = advance(state, weights if shared else weights[index], data, ftol)
-            z, f, done = (np.asarray(state[key]) for key in ("z", "f", "status"))
-            fresh = (done != RUNNING) & (status[index] == RUNNING)
-            out_z[index], out_f[index], status[index] = z, f, done
-            if progress:
-                progress(len(set(index[fresh])))
-            active = np.flatnonzero(done == RUNNING)
-            if not len(active):
-                break
-            size = _bucket(len(active))
-            if size < len(index):
-                # pad with repeats of a running lane: both copies take the same steps
-                keep = np.concatenate([active, np.full(size - len(active), active[0])])
-                index, state = index[keep], {key: np.asarray(value)[keep] for key, value in state.items()}
-    names = np.array(["max-iter", "converged", "line-search failed"])
-    return Minima(out_z, out_f, names[status])
-
-
-def _bucket(count: int) -> int:
-    """The smallest batch size 32 * 8^k that holds `count` lanes: few sizes, so few compilations."""
-    size = 32
-    while size < count:
-        size *= 8
-    return size
+        start, advance = _compiled(objective)
+        pool_z, pool_w, state = np.tile(z0[0], (LANES, 1)), np.tile(weights[0], (LANES, 1)), None
+        while True:
+            free = np.flatnonzero(lane < 0)[: count - following]
+            if len(free):
+                lane[free] = np.arange(following, following + len(free))
+                following += len(free)
+                pool_z[free], pool_w[free] = z0[lane[free]], weights[lane[free]]
+                fresh = {key: np.asarray(value) for key, value in start(pool_z, pool_w, data).items()}
+                if state is not None:
+                    old = np.ones(LANES, bool)
+                    old[free] = False
+                    fresh = {k: np.where(old.reshape(-1, *[1] * (v.ndim - 1)), state[k], v) for k, v in fresh.items()}
+                state = fresh
+            state = {key: np.asarray(value) for key, value in advance(state, pool_w, data, ftol, max_evals).items()}
+            done = np.flatnonzero((lane >= 0) & (state["status"] != RUNNING))
+            for out, key in ((out_z, "z"), (out_f, "f"), (status, "status")):
+                out[lane[done]] = state[key][done]
+            lane[done] = -1
+            if progress and len(done):
+                progress(len(done))
+            if following == count and not (lane >= 0).any():
+                return Minima(out_z, out_f, STATUS[status])
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(objective: Callable, shared: bool):
+def _compiled(objective: Callable):
     import jax
     import jax.numpy as jnp
 
-    evaluate = jax.vmap(jax.value_and_grad(objective), (0, None if shared else 0, None))
+    evaluate = jax.vmap(jax.value_and_grad(objective), (0, 0, None))
 
     def start(z, weights, data):
         f, g = evaluate(z, weights, data)
@@ -94,12 +100,12 @@ def _compiled(objective: Callable, shared: bool):
             "t": jnp.ones(lanes), "lo": jnp.zeros(lanes), "hi": jnp.full(lanes, jnp.inf),
             "s": memory, "y": memory, "rho": jnp.zeros((lanes, MEMORY)),
             "halvings": jnp.zeros(lanes, int), "small": jnp.zeros(lanes, int), "steepest": jnp.ones(lanes, bool),
+            "evals": jnp.ones(lanes, int),
             "status": jnp.where(jnp.isfinite(f), RUNNING, STUCK),
         }  # fmt: skip
 
-    def step(state, trial):
-        """One lane: the trial point was evaluated as `trial = (z, f, g)`; accept it or move the bracket."""
-        z, f, g = trial
+    def step(state, z, f, g, ftol, max_evals):
+        """One lane: its trial point z was evaluated; accept it or move the bracket."""
         slope = state["g"] @ state["d"]
         armijo = f <= state["f"] + ARMIJO * state["t"] * slope  # False for NaN
         wolfe = g @ state["d"] >= CURVATURE * slope
@@ -114,8 +120,12 @@ def _compiled(objective: Callable, shared: bool):
         sy = s @ y
         useful = sy > 1e-14 * jnp.linalg.norm(s) * jnp.linalg.norm(y)
         push = lambda old, new: jnp.where(useful, jnp.concatenate([old[1:], new[None]]), old)  # noqa: E731
-        S, Y, rho = push(state["s"], s), push(state["y"], y), push(state["rho"], 1 / jnp.where(useful, sy, 1.0))
-        small = jnp.where(state["f"] - f <= ftol_of(state) * jnp.abs(f), state["small"] + 1, 0)
+        S, Y, rho = (
+            push(state["s"], s),
+            push(state["y"], y),
+            push(state["rho"], 1 / jnp.where(useful, sy, 1.0)),
+        )
+        small = jnp.where(state["f"] - f <= ftol * jnp.abs(f), state["small"] + 1, 0)
         d = -_two_loop(g, S, Y, rho)
         downhill = g @ d < 0
         accepted = {
@@ -135,17 +145,16 @@ def _compiled(objective: Callable, shared: bool):
             new = jnp.where(accept, accepted[key], jnp.where(fail, restarted[key], bracketed[key]))
             return jnp.where(state["status"] == RUNNING, new, state[key]).astype(state[key].dtype)
 
-        return {key: choose(key) for key in state if key != "ftol"}
+        state = {key: choose(key) for key in accepted} | {"evals": state["evals"] + 1}
+        exhausted = (state["status"] == RUNNING) & (state["evals"] >= max_evals)
+        return {**state, "status": jnp.where(exhausted, EXHAUSTED, state["status"])}
 
-    def ftol_of(state):
-        return state["ftol"]
-
-    def advance(state, weights, data, ftol):
+    def advance(state, weights, data, ftol, max_evals):
         def body(_, state):
             z = state["z"] + state["t"][:, None] * state["d"]
             f, g = evaluate(z, weights, data)
             f = jnp.where(jnp.isfinite(f) & jnp.all(jnp.isfinite(g), axis=1), f, jnp.nan)
-            return jax.vmap(lambda s, trial: step({**s, "ftol": ftol}, trial))(state, (z, f, g))
+            return jax.vmap(step, (0, 0, 0, 0, None, None))(state, z, f, g, ftol, max_evals)
 
         return jax.lax.fori_loop(0, CHUNK, body, state)
 

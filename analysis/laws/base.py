@@ -92,6 +92,7 @@ class Law:
         `linear` multiply, given the others; those must be >= 0.
       derived: `(p) -> dict` of quantities computed from the parameters (broadcasts over bootstrap draws).
       optimum: `(p, C, flops_factor) -> {"N", "D", "loss"}`: the best allocation of `C = flops_factor * N * D`.
+      frontier: the law describes the best run of each compute budget: the other runs of a budget are left out.
       n_starts: when the full product of starts is too large, sample this many from its box (Sobol sequence).
       fitter: replaces the generic fit for laws of another kind: `(table, options) -> analysis.fit.Fit`.
     """
@@ -112,6 +113,7 @@ class Law:
     linear: tuple[str, ...] = ()
     derived: Callable[[dict], dict] | None = None
     optimum: Callable | None = None
+    frontier: bool = False
     n_starts: int | None = None
     constants: Mapping[str, Constants] = field(default_factory=dict)
     synthetic: Synthetic | None = None

@@ -75,7 +75,13 @@ register(
             ),
             "hoffmann_unrounded": Constants(
                 "arXiv:2203.15556 (paper source)",
-                dict(E=np.exp(0.5267228), A=np.exp(6.0073404), B=np.exp(6.0179186), alpha=0.33917084, beta=0.2849083),
+                dict(
+                    E=np.exp(0.5267228),
+                    A=np.exp(6.0073404),
+                    B=np.exp(6.0179186),
+                    alpha=0.33917084,
+                    beta=0.2849083,
+                ),
                 "N 7e7-1.6e10, D 5e9-5e11",
             ),
             "besiroglu": Constants(

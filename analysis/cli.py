@@ -1,0 +1,132 @@
+"""Arguments and error handling that the commands of this package share."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from analysis.load import C_ACCOUNTING, N_ACCOUNTING
+
+
+def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv=None) -> int:
+    """Parses, runs `main(args)` and turns bad input into one line on standard error and exit code 2."""
+    args = parser.parse_args(argv)
+    try:
+        return main(args) or 0
+    except (ValueError, OSError) as err:
+        print(f"{parser.prog}: error: {' '.join(str(err).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which rows and columns to use."""
+    group = parser.add_argument_group("table")
+    group.add_argument(
+        "--columns",
+        metavar="NAME=SOURCE,...",
+        help="name the columns: an existing column or an expression, e.g. N=params,C=flops,D=C/(6*N),loss=final_loss",
+    )
+    group.add_argument("--where", metavar="QUERY", help='pandas query that a row must satisfy, e.g. "loss < 4"')
+    group.add_argument(
+        "--x-range",
+        nargs="+",
+        metavar="[COLUMN=]LO:HI",
+        help="use only rows with LO <= COLUMN <= HI (COLUMN is C unless named); '--x-range LO HI' also works",
+    )
+    group.add_argument("--drop-highest", type=int, default=0, metavar="K", help="leave out the K highest losses")
+    group.add_argument(
+        "--duplicates",
+        choices=("error", "drop", "keep"),
+        default="error",
+        help="rows equal to an earlier row",
+    )
+    group.add_argument(
+        "--n", choices=sorted(N_ACCOUNTING), default="nonemb_head",
+        help="parameters that N counts, for a run store: all but the input embedding (default), nonemb, total",
+    )  # fmt: skip
+    group.add_argument(
+        "--c",
+        choices=sorted(C_ACCOUNTING),
+        default="model_causal",
+        help="FLOPs that C counts, for a run store",
+    )
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser, bootstrap: int = 1000) -> None:
+    """How to draw intervals."""
+    group = parser.add_argument_group("intervals")
+    group.add_argument(
+        "--bootstrap",
+        type=int,
+        default=bootstrap,
+        metavar="DRAWS",
+        help=f"0: no intervals (default {bootstrap})",
+    )
+    group.add_argument("--level", type=float, default=0.95, help="coverage of the intervals (default 0.95)")
+    group.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
+    group.add_argument(
+        "--seed-noise", type=float, metavar="NATS", help="known loss spread between seeds, for IsoFLOP minima"
+    )
+
+
+def check_fit_arguments(args) -> None:
+    if args.bootstrap < 0:
+        raise ValueError(f"--bootstrap {args.bootstrap}: must be 0 or more")
+    if not 0 < args.level < 1:
+        raise ValueError(f"--level {args.level}: must lie between 0 and 1")
+    if args.seed_noise is not None and args.seed_noise <= 0:
+        raise ValueError(f"--seed-noise {args.seed_noise}: must be positive")
+
+
+def table_options(args) -> dict:
+    """Keyword arguments for `load_table` from parsed arguments."""
+    if args.drop_highest < 0:
+        raise ValueError(f"--drop-highest {args.drop_highest}: must be 0 or more")
+    return {
+        "columns": args.columns, "where": args.where, "x_range": parse_ranges(args.x_range),
+        "drop_highest": args.drop_highest, "duplicates": args.duplicates, "n": args.n, "c": args.c,
+    }  # fmt: skip
+
+
+def parse_ranges(items) -> dict[str, tuple[float, float]]:
+    """['N=1e6:1e9', '1e18:1e21'] -> {'N': (1e6, 1e9), 'C': (1e18, 1e21)}; two bare numbers are one range of C."""
+    items = list(items or [])
+    if len(items) == 2 and not any(mark in item for item in items for mark in ":="):
+        items = [":".join(items)]
+    out = {}
+    for item in (part for text in items for part in text.split(",")):
+        name, eq, bounds = item.rpartition("=")
+        try:
+            lo, hi = (float(value) if value else default for value, default in zip(
+                bounds.split(":"), (0.0, float("inf")), strict=True))  # fmt: skip
+        except ValueError:
+            raise ValueError(f"--x-range {item!r}: expected [COLUMN=]LO:HI, e.g. C=1e18:1e21") from None
+        if not lo < hi:
+            raise ValueError(f"--x-range {item!r}: the lower end must be below the upper end")
+        out[name.strip() if eq else "C"] = (lo, hi)
+    return out
+
+
+def parse_assignments(text: str | None, flag: str) -> dict[str, float]:
+    """'alpha=0.34,E=1.8' -> {'alpha': 0.34, 'E': 1.8}."""
+    out = {}
+    for item in (text or "").split(",") if text else []:
+        name, eq, value = item.partition("=")
+        try:
+            out[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError(f"{flag} {item!r}: expected NAME=NUMBER") from None
+    return out
+
+
+def parse_numbers(text: str | None, flag: str) -> tuple[float, ...]:
+    """'1e20,5.76e23' -> (1e20, 5.76e23), positive."""
+    try:
+        values = tuple(float(item) for item in text.split(",")) if text else ()
+    except ValueError:
+        raise ValueError(f"{flag} {text!r}: expected numbers separated by commas") from None
+    if any(not 0 < value < float("inf") for value in values):
+        raise ValueError(f"{flag} {text!r}: must be positive")
+    return values

@@ -1,0 +1,257 @@
+"""Fits a scaling law to a table of runs.
+
+python -m analysis.fit --law chinchilla --data points.csv --out fit.json
+python -m analysis.fit --law isoflop --data runs/NAME --where "arch == 'gla'" --out fit.json
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from analysis import cli
+from analysis.isoflop import best_of_budgets, default_budgets
+from analysis.laws import all_laws, get_law
+from analysis.load import Table, check_comparable, load_table
+from analysis.result import Fit, Options, interval, plain
+
+
+def fit_law(law, table: Table, options: Options | None = None) -> Fit:
+    """Fits a registered law to `table.rows`.
+
+    Args:
+      law: name or `Law`.
+      table: from `analysis.load.load_table`; its rows must have the law's columns, in the law's units.
+      options: see `Options`.
+
+    Returns:
+      A `Fit`; its `refused` says why where the data do not determine the answer (then do not use the numbers).
+
+    Raises:
+      ValueError: unknown law, parameter or impossible fixed value.
+    """
+    law, options = get_law(law) if isinstance(law, str) else law, options or Options()
+    check_comparable(table)
+    if law.frontier:
+        table = best_of_budgets(table)
+    fit = law.fitter(table, options) if law.fitter else _fit_generic(law, table, options)
+    fit.settings = plain({"law": law.formula, "source": law.source, **vars(options), **fit.settings})
+    fit.data = plain(
+        {
+            "source": table.source,
+            "filters": table.filters,
+            "units": {v.name: v.unit for v in (*law.variables, law.target)},
+            "excluded": [{"row": str(row), "reason": reason} for row, reason in table.excluded["reason"].items()],
+        }
+    )
+    return fit
+
+
+def _fit_generic(law, table: Table, options: Options) -> Fit:
+    began = time.perf_counter()
+    from analysis import search, uncertainty  # scipy and JAX are slow to import
+
+    prob = search.problem(law, table.rows, options.fix, options.delta)
+    n, free = len(prob.y), len(prob.free)
+    fit = Fit(law.name, n, None, {}, {}, {"n": n, "free_parameters": free}, None, None)
+    fit.settings = {"delta": prob.delta, "residual": law.residual}
+    if n < free + 2:
+        fit.refused = f"too few points: {n} rows for {free} parameters, at least {free + 2} are needed"
+        return fit
+    for name, values in prob.x.items():
+        if len(np.unique(values)) < 2:
+            fit.refused = f"column {name!r} has one value only ({values[0]:g}): its exponent is not determined"
+            return fit
+    grid = len(law.starts(options.fix))
+    with _bar(grid, f"{law.name}: starts", options) as bar:
+        best = search.search(prob, progress=bar.update)
+    sample = None
+    if options.bootstrap:
+        with _bar(options.bootstrap, f"{law.name}: bootstrap", options) as bar:
+            sample = uncertainty.bootstrap(prob, best, options.bootstrap, seed=options.seed, progress=bar.update)
+
+    fit.objective = best.objective
+    fit.params = {
+        name: interval(value, _draws(sample, name, options), options.level) for name, value in best.params.items()
+    }
+    fit.draws = dict(sample or {})
+    if law.derived:
+        drawn = law.derived(sample) if sample else {}
+        fit.draws |= drawn
+        fit.derived = {
+            name: interval(value, drawn.get(name), options.level) for name, value in law.derived(best.params).items()
+        }
+    if law.optimum:
+        fit.optimum, fit.settings["flops_factor"] = _optima(law, best.params, sample, table.rows, options)
+    fit.quality |= _quality(prob, best, sample)
+    fit.refused = _refusal(prob, fit.quality)
+    fit.warnings = _warnings(fit)
+    if options.holdout:
+        fit.holdout = uncertainty.holdout(prob, table.rows, level=options.level, seed=options.seed)
+        fit.quality["holdout_rms_error"] = fit.holdout.get("rms_error")
+    fit.seconds = time.perf_counter() - began
+    return fit
+
+
+def _draws(sample, name: str, options: Options):
+    return None if sample is None or name in options.fix else sample[name]
+
+
+def _optima(law, params, sample, frame, options: Options) -> tuple[list[dict], float]:
+    """The best allocation at each budget of `options.at`, and the k of C = k N D that was used."""
+    factor = options.flops_factor
+    if factor is None:
+        factor = float(np.median(frame["C"] / (frame["N"] * frame["D"]))) if "C" in frame else 6.0
+    top = frame["C"] if "C" in frame else factor * frame["N"] * frame["D"]
+    points = []
+    for C in options.at or default_budgets(top):
+        value = law.optimum(params, C, factor)
+        drawn = law.optimum(sample, C, factor) if sample else {}
+        points.append({"C": C, **{name: interval(v, drawn.get(name), options.level) for name, v in value.items()}})
+    return points, factor
+
+
+def _quality(prob, best, sample) -> dict:
+    """Quality numbers that every fit reports; residuals are on the law's scale (observed minus predicted)."""
+    from analysis.search import jacobian
+
+    r = prob.residuals(best.params)
+    y = prob.y if prob.law.residual == "linear" else np.log(prob.y)
+    log_error = np.log(prob.y) - np.log(np.maximum(prob.predict(best.params) + 0 * prob.y, 1e-300))
+    J = jacobian(prob, best.z)
+    size = np.linalg.norm(J, axis=0)
+    worst = np.argsort(-np.abs(r))[:5]
+    at_bound = [p.name for p in prob.law.parameters if p.name in prob.free and not p.lo < best.params[p.name] < p.hi]
+    quality = {
+        "rmse_log": float(np.sqrt(np.mean(log_error**2))),
+        "r2": float(1 - np.sum(r**2) / max(np.sum((y - y.mean()) ** 2), 1e-300))
+        if prob.law.residual != "log10"
+        else None,
+        "r2_space": prob.law.residual,
+        "largest_residuals": [{"row": str(prob.rows[i]), "residual": float(r[i])} for i in worst],
+        "converged": "parameter at bound" if at_bound else best.status,
+        "at_bound": at_bound,
+        "starts": best.starts,
+        "share_of_starts_at_best": best.share_at_best,
+        "jacobian_condition": float(np.linalg.cond(J / size)) if (size > 0).all() else float("inf"),
+        "variable_projection": best.projection,
+    }
+    if sample:
+        outside = {
+            p.name: float(np.mean(~((sample[p.name] > p.lo) & (sample[p.name] < p.hi))))
+            for p in prob.law.parameters
+            if p.name in prob.free
+        }
+        quality["bootstrap_share_at_bound"] = {name: share for name, share in outside.items() if share}
+    return quality
+
+
+def _refusal(prob, quality: dict) -> str | None:
+    if quality["at_bound"]:
+        name = quality["at_bound"][0]
+        p = prob.law.parameter(name)
+        return f"parameter {name} ran to its bound (allowed {p.lo:g} to {p.hi:g}): these data do not determine it"
+    if not quality["jacobian_condition"] < 1e7:
+        return (
+            f"parameters cannot be told apart on these data (Jacobian condition {quality['jacobian_condition']:.2g}): "
+            "vary the columns independently"
+        )
+    return None
+
+
+def _warnings(fit: Fit) -> list[str]:
+    out = []
+    for name, share in fit.quality.get("bootstrap_share_at_bound", {}).items():
+        if share > 0.05:
+            out.append(f"{name} runs to its bound in {share:.0%} of the bootstrap draws: weakly determined")
+    if fit.quality["converged"] == "line-search failed":
+        out.append("the line search of the best start failed: the optimum may not be exact")
+    return out
+
+
+def _bar(total: int, text: str, options: Options):
+    from tqdm import tqdm
+
+    disable = None if options.progress else True  # None: only on a terminal
+    return tqdm(total=total, desc=text, disable=disable, leave=False)
+
+
+def parser() -> argparse.ArgumentParser:
+    laws = "\n".join(f"  {law.name:<12} {law.formula}   ({law.title})" for law in all_laws().values())
+    out = argparse.ArgumentParser(
+        prog="python -m analysis.fit",
+        description="Fits a scaling law to a table of runs, with bootstrap intervals and a hold-out, and writes JSON.",
+        epilog=f"laws:\n{laws}\n\nColumns are those of the law: N parameters, D tokens, C training FLOPs, "
+        "loss in nats/token.\nThe fit is refused, with the reason in the field 'refused', where the data do not "
+        "determine the answer.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    out.add_argument("--law", required=True, metavar="NAME", help="one of the laws below")
+    out.add_argument("--data", required=True, metavar="PATH", help="CSV, parquet, or a run store runs/NAME")
+    out.add_argument("--out", metavar="FIT.JSON", help="where to write the result (default: only a summary is printed)")
+    out.add_argument("--delta", type=float, help="Huber threshold on the law's residual scale (default: the law's)")
+    out.add_argument("--fix", metavar="NAME=VALUE,...", help="hold parameters at a value, e.g. alpha=0.34")
+    out.add_argument("--at", metavar="C,...", help="compute budgets in FLOP at which to report the optimum")
+    out.add_argument(
+        "--flops-factor", type=float, metavar="K", help="K of C = K*N*D for optima (default: from C, or 6)"
+    )
+    out.add_argument("--no-holdout", action="store_true", help="skip the fit without the dearest budget")
+    out.add_argument("--quiet", action="store_true", help="no progress bars and no summary")
+    cli.add_table_arguments(out)
+    cli.add_fit_arguments(out)
+    return out
+
+
+def main(args: argparse.Namespace) -> int:
+    cli.check_fit_arguments(args)
+    law = get_law(args.law)
+    for flag, value in (("--delta", args.delta), ("--flops-factor", args.flops_factor)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{flag} {value}: must be positive")
+    options = Options(
+        delta=args.delta, bootstrap=args.bootstrap, level=args.level, fix=cli.parse_assignments(args.fix, "--fix"),
+        at=cli.parse_numbers(args.at, "--at"), flops_factor=args.flops_factor, seed_noise=args.seed_noise,
+        seed=args.seed, holdout=not args.no_holdout, progress=not args.quiet,
+    )  # fmt: skip
+    for name in options.fix:
+        law.parameter(name)
+    if args.out and not Path(args.out).resolve().parent.is_dir():
+        raise ValueError(f"--out {args.out}: its directory does not exist")
+    fit = fit_law(law, load_table(args.data, required=law.columns, **cli.table_options(args)), options)
+    if args.out:
+        fit.save(args.out)
+    if not args.quiet:
+        print(summary(fit))
+    return 0
+
+
+def summary(fit: Fit) -> str:
+    """A few lines for a terminal."""
+    from analysis.tables import number, with_interval
+
+    excluded = len(fit.data["excluded"])
+    lines = [f"{fit.law}: {fit.n} rows from {fit.data['source']} ({excluded} excluded), {fit.seconds:.1f} s"]
+    lines += [f"  {name:<18} {with_interval(entry)}" for name, entry in {**fit.params, **fit.derived}.items()]
+    for budget in fit.budgets:
+        note = f"refused: {budget['refused']}" if budget["refused"] else f"N* {with_interval(budget['N'])}"
+        lines.append(f"  C {number(budget['C'])}: {note}")
+    for point in fit.optimum:
+        found = ", ".join(f"{name}* {with_interval(point[name])}" for name in ("N", "D", "loss") if name in point)
+        lines.append(f"  at C {number(point['C'])}: {found}")
+    if fit.holdout and not fit.holdout["refused"]:
+        lines.append(
+            f"  hold-out ({fit.holdout['held']}): rms error {fit.holdout['rms_error']:.4f}, "
+            f"predicted half-width {fit.holdout['predicted_halfwidth']:.4f} (natural log)"
+        )
+    elif fit.holdout:
+        lines.append(f"  hold-out: refused: {fit.holdout['refused']}")
+    lines += [f"  warning: {text}" for text in fit.warnings]
+    if fit.refused:
+        lines.append(f"  REFUSED: {fit.refused}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, parser()))

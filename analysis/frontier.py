@@ -1,0 +1,195 @@
+"""The lowest loss against compute of each architecture, and the compute-equivalent gain of one over another.
+
+A frontier takes, per budget, the lowest value of the IsoFLOP parabola within the sampled sizes: that loss is well
+determined even where the best size is not. Its law is L(C) = E + k C^-gamma with k and gamma of each architecture, one
+floor E for all of them: a law without a floor is too straight, and inverting it outside the sampled losses invents
+trends. Every draw of the parabolas gives a draw of the law.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from analysis.isoflop import Profile, power_law, profiles
+from analysis.result import Options, interval
+
+GAMMAS = np.geomspace(0.01, 1.5, 200)
+
+
+@dataclass
+class Frontier:
+    """Budgets C [k], their lowest loss [k] with draws [draws, k], and the law's floor, k, gamma with draws [draws]."""
+
+    name: str
+    C: np.ndarray
+    loss: np.ndarray
+    loss_draws: np.ndarray
+    profiles: list[Profile]
+    notes: list[str] = field(default_factory=list)
+    floor: float = 0.0
+    floor_draws: np.ndarray | float = 0.0
+    k: float = np.nan
+    gamma: float = np.nan
+    k_draws: np.ndarray | None = None
+    gamma_draws: np.ndarray | None = None
+
+    def law(self, C) -> tuple[np.ndarray, np.ndarray]:
+        """L(C) [points] and its draws [draws, points]."""
+        u = np.log(np.asarray(C, float))
+        draws = self.k_draws[:, None] * np.exp(-self.gamma_draws[:, None] * u)
+        return self.floor + self.k * np.exp(-self.gamma * u), _column(self.floor_draws) + draws
+
+    def compute_for(self, loss, loss_draws) -> tuple[np.ndarray, np.ndarray]:
+        """Compute at which the law reaches `loss` [points], with `loss_draws` [draws, points] paired to its draws."""
+
+        def inverse(k, gamma, reducible):
+            return np.exp(np.clip(np.log(k / np.maximum(reducible, 1e-9)) / gamma, -500, 500))
+
+        draws = inverse(self.k_draws[:, None], self.gamma_draws[:, None], loss_draws - _column(self.floor_draws))
+        return inverse(self.k, self.gamma, loss - self.floor), draws
+
+    def with_floor(self, floor: float, floor_draws) -> "Frontier":
+        """The same points with k and gamma fitted, by least squares in log space, above the given floor."""
+        k, exponent = power_law(self.C, np.maximum(self.loss - floor, 1e-9))
+        k_draws, exponent_draws = power_law(self.C, np.maximum(self.loss_draws - _column(floor_draws), 1e-9))
+        return replace(
+            self, floor=floor, floor_draws=floor_draws, k=float(k), gamma=-float(exponent), k_draws=k_draws,
+            gamma_draws=-exponent_draws,
+        )  # fmt: skip
+
+
+def _column(draws):
+    return draws[:, None] if np.ndim(draws) else draws
+
+
+def frontier_points(frame, name: str, options: Options | None = None) -> Frontier:
+    """The frontier of one architecture from its runs (columns N, C, loss, and `budget` where there is one), no floor.
+
+    Raises ValueError where fewer than two budgets have a parabola.
+    """
+    options = options or Options()
+    found = profiles(frame, "N", options)
+    usable = [p for p in found if p.coefficients is not None]
+    notes = [f"{name}, C {p.C:.3g}: left out of the frontier, {p.refused}" for p in found if p.coefficients is None]
+    notes += [
+        f"{name}, C {p.C:.3g}: best size at an edge, so its loss is only an upper bound" for p in usable if p.edge
+    ]
+    if len(usable) < 2:
+        raise ValueError(f"{name}: {len(usable)} budgets with at least 4 sizes; a frontier needs 2")
+    C = np.array([p.C for p in usable])
+    draws = np.maximum(np.stack([p.best_draws for p in usable], 1), 1e-9)
+    return Frontier(name, C, np.array([p.best for p in usable]), draws, found, notes).with_floor(0.0, 0.0)
+
+
+def share_floor(frontiers: list[Frontier]) -> tuple[list[Frontier], dict | None]:
+    """Fits L = E + k_i C^-gamma, E and gamma shared, and refits each frontier above that E.
+
+    Variable projection: for each gamma of a grid the rest is linear, for the points and for all draws at once. Also
+    returns `{"E", "gamma", "k"}`, [1 + draws] and [1 + draws, frontiers], the value first and then the draws. Unchanged, and None, where there are fewer budgets in all than parameters plus one.
+    """
+    which = np.concatenate([np.full(len(f.C), i) for i, f in enumerate(frontiers)])
+    if len(which) < len(frontiers) + 3:
+        return frontiers, None
+    C = np.concatenate([f.C for f in frontiers])
+    centre = np.exp(np.mean(np.log(C)))
+    value = np.concatenate([f.loss for f in frontiers])[None]
+    y = np.concatenate([value, np.concatenate([f.loss_draws for f in frontiers], 1)])
+    best = np.full(len(y), np.inf)
+    found = {"E": np.zeros(len(y)), "gamma": np.full(len(y), np.nan), "k": np.full((len(y), len(frontiers)), np.nan)}
+    one_hot = which[:, None] == np.arange(len(frontiers))
+    for gamma in GAMMAS:
+        terms = np.concatenate([np.ones((len(C), 1)), (C / centre)[:, None] ** -gamma * one_hot], 1)
+        with_floor = y @ np.linalg.pinv(terms).T
+        no_floor = np.pad(y @ np.linalg.pinv(terms[:, 1:]).T, ((0, 0), (1, 0)))
+        now = np.where(with_floor[:, :1] >= 0, with_floor, no_floor)
+        error = np.sum((y - now @ terms.T) ** 2, 1)
+        better = (error < best) & (now[:, 1:] > 0).all(1)
+        best[better] = error[better]
+        found["E"][better], found["gamma"][better] = now[better, 0], gamma
+        found["k"][better] = now[better, 1:] * centre**gamma
+    if not np.isfinite(best[0]):
+        return frontiers, None
+    return [f.with_floor(float(found["E"][0]), found["E"][1:]) for f in frontiers], found
+
+
+def gain(base: Frontier, variant: Frontier, C) -> tuple[np.ndarray, np.ndarray]:
+    """Compute that `base` needs for the loss that `variant` has at C, divided by C: [points] and draws [draws, points].
+
+    Above 1 the variant is the more efficient.
+    """
+    C = np.asarray(C, float)
+    need, need_draws = base.compute_for(*variant.law(C))
+    return need / C, need_draws / C
+
+
+def compare(base: Frontier, variant: Frontier, level: float = 0.95) -> dict:
+    """Compares two architectures: gain at each common budget with intervals, its trend, and a verdict.
+
+    The floor is fitted to these two; `constant_gain` is the gain if gamma is shared too (None with few budgets). Only
+    compute within the range that both cover is judged; a loss that the base does not reach there is marked as
+    extrapolated.
+    """
+    lo, hi = max(base.C.min(), variant.C.min()), min(base.C.max(), variant.C.max())
+    lo, hi = lo * 0.97, hi * 1.03  # measured compute of the same nominal budget differs a little
+    C = np.array([c for c in variant.C if lo <= c <= hi])
+    notes = base.notes + variant.notes
+    if not len(C):
+        text = f"not resolved: {base.name} and {variant.name} share no range of compute"
+        return {
+            "base": base.name,
+            "variant": variant.name,
+            "verdict": text,
+            "resolved": False,
+            "points": [],
+            "notes": notes,
+        }
+    (base, variant), shared = share_floor([base, variant])
+    value, draws = gain(base, variant, C)
+    points = []
+    for i, c in enumerate(C):
+        needed = value[i] * c
+        points.append({
+            "C": float(c), "gain": interval(value[i], draws[:, i], level),
+            "base_loss": interval(base.law([c])[0][0], base.law([c])[1][:, 0], level),
+            "variant_loss": interval(variant.law([c])[0][0], variant.law([c])[1][:, 0], level),
+            "extrapolated": bool(not base.C.min() * 0.97 <= needed <= base.C.max() * 1.03),
+        })  # fmt: skip
+    # judge at the dearest compute where neither law leaves its runs: no further than the base's lowest loss
+    reach = variant.compute_for(base.law(C[-1:])[0], base.law(C[-1:])[1])[0][0]
+    judged = float(min(C[-1], max(reach, C[0])))
+    at, at_draws = gain(base, variant, [judged])
+    last = interval(at[0], at_draws[:, 0], level)
+    out = {"base": base.name, "variant": variant.name, "points": points, "notes": notes}
+    out["judged"] = {"C": judged, "gain": last}
+    span = np.log(C[-1] / C[0])
+    if span > 0:
+        out["trend"] = interval(np.log(value[-1] / value[0]) / span, np.log(draws[:, -1] / draws[:, 0]) / span, level)
+    out["floor"] = interval(base.floor, base.floor_draws, level) if shared else None
+    out["constant_gain"] = None
+    if shared:
+        ratio = np.exp(np.clip(np.log(shared["k"][:, 0] / shared["k"][:, 1]) / shared["gamma"], -50, 50))
+        out["constant_gain"] = interval(ratio[0], ratio[1:], level)
+    out["resolved"] = bool(last["lo"] > 1 or last["hi"] < 1)
+    return out | {"verdict": _verdict(out, last, judged, level)}
+
+
+def _verdict(out: dict, last: dict, C: float, level: float) -> str:
+    where = f"at C = {C:.3g} FLOP (gain {last['value']:.2f}, {level:.0%} interval {last['lo']:.2f} to {last['hi']:.2f})"
+    if not out["resolved"]:
+        return f"not resolved {where}: the interval includes 1"
+    if last["value"] > 1:
+        share = f"{1 / last['value']:.2f} times the compute of {out['base']}"
+        text = f"{out['variant']} needs {share} for the same loss {where}"
+    else:
+        text = (
+            f"{out['variant']} needs {1 / last['value']:.2f} times the compute of {out['base']}, that is more, {where}"
+        )
+    trend = out.get("trend")
+    if trend and trend["lo"] is not None:
+        if trend["lo"] > 0:
+            text += "; its advantage grows with compute"
+        elif trend["hi"] < 0:
+            text += "; its advantage shrinks with compute"
+        else:
+            text += "; no trend with compute is resolved"
+    return text
