@@ -1,0 +1,135 @@
+"""What a run leaves behind: complete, loadable, honest about how it ended."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from efficient_lm import checkpoint, metrics, train
+from efficient_lm.config import run_id
+from efficient_lm.schema import ConfigError, to_dict
+
+RUN_KEYS = """run_id name status reason sweep seed steps_done steps_total tokens params flops_per_token flops final_loss
+final_bpb hardware versions code_hash data started updated wall_seconds mean_step_seconds peak_flops""".split()
+
+
+@pytest.mark.quick
+def test_a_finished_run_has_everything(small, train_one, tmp_path):
+    cfg = small(**{"train.eval_every": 5, "train.log_every": 4, "sweep": {"arch": "dense", "budget": 1e9}})
+    info = train_one(cfg, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == info
+    assert set(RUN_KEYS) <= info.keys()
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == to_dict(cfg)
+    assert (info["run_id"], info["status"], info["name"]) == (run_id(cfg), "done", "test")
+    assert info["sweep"] == {"arch": "dense", "budget": 1e9}
+    assert info["tokens"] == 12 * 4 * 16 and info["steps_done"] == info["steps_total"] == 12
+    assert info["peak_flops"] is None and info["mean_step_seconds"] > 0
+    for name, per_token in info["flops_per_token"].items():
+        assert info["flops"][name] == per_token * info["tokens"]
+    rows = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in trained] == [1, 4, 8, 12]
+    assert {"loss", "grad_norm", "lr", "tokens_per_s", "mfu", "seconds", "tokens", "flops"} <= trained[-1].keys()
+    evaluated = [row for row in rows if row["kind"] == "eval"]
+    assert [row["step"] for row in evaluated] == [5, 10, 12]
+    assert evaluated[-1]["loss"] == info["final_loss"] and evaluated[-1]["split"] == "validation"
+    assert info["final_bpb"] == pytest.approx(info["final_loss"] / math.log(2))
+    assert info["final_loss"] < evaluated[0]["loss"] < math.log(32) + 0.5
+
+
+def test_evaluation_uses_the_ema(small, train_one, tmp_path):
+    last, averaged = small(), small(**{"train.ema": 0.99})
+    plain, ema = train_one(last, tmp_path / "plain"), train_one(averaged, tmp_path / "ema")
+    rows = [metrics.read_rows(tmp_path / name / "metrics.jsonl")[11] for name in ("plain", "ema")]
+    assert rows[0]["loss"] == rows[1]["loss"]  # training is the same
+    assert plain["final_loss"] != ema["final_loss"]
+
+
+def test_another_config_is_refused_by_its_first_field(small, train_one, tmp_path):
+    train_one(small(), tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").glob("*.json*")}
+    with pytest.raises(ConfigError, match=r"config\.optim\.lr = 0\.01, not 0\.5$"):
+        train_one(small(**{"optim.lr": 0.5, "train.steps": 99}), tmp_path / "run")
+    assert {p: p.read_bytes() for p in before} == before
+    # Fields that say how a run executes may differ.
+    assert train_one(small(**{"train.log_every": 7, "mesh.fsdp": 2}), tmp_path / "run")["status"] == "done"
+
+
+def test_one_process_at_a_time(small, train_one, tmp_path):
+    holder = metrics.RunDir(tmp_path / "run", small())
+    with pytest.raises(ConfigError, match="another process is training here"):
+        train_one(small(), tmp_path / "run")
+    holder.release()
+    assert train_one(small(), tmp_path / "run")["status"] == "done"
+
+
+def test_workdir_that_can_not_be_one(small, train_one, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="workdir = .*file exists"):
+        train_one(small(), tmp_path / "file")
+
+
+def test_divergence_stops_the_run_and_keeps_its_rows(small, train_one, tmp_path):
+    cfg = small(**{"optim.lr": 1e30, "optim.warmup": 0.0, "optim.clip_norm": 0.0, "train.checkpoint_every": 1})
+    info = train_one(cfg, tmp_path / "run")
+    assert info["status"] == "diverged" and "at step" in info["reason"] and info["final_loss"] is None
+    rows = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert math.isfinite(rows[0]["loss"]) and rows[-1]["nonfinite"]
+    assert rows[-1]["step"] == info["steps_done"] < 12
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    # No checkpoint was written after the bad step.
+    assert max(checkpoint.steps(tmp_path / "run" / "ckpt")) < info["steps_done"]
+    assert train_one(cfg, tmp_path / "run") == info
+
+
+def test_loss_that_climbs_and_stays_up_is_divergence(small, train_one, tmp_path):
+    cfg = small(**{"optim.lr": 30.0, "optim.schedule": "constant", "train.steps": 60, "train.log_every": 20})
+    info = train_one(cfg, tmp_path / "run")
+    assert info["status"] == "diverged" and "mean loss of steps" in info["reason"]
+    assert 12 < info["steps_done"] < 60
+
+
+def test_an_exception_leaves_status_failed_and_the_next_try_goes_on(small, train_one, tmp_path, monkeypatch):
+    cfg = small(**{"train.checkpoint_every": 4})
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint, "save", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            train_one(cfg, tmp_path / "run")
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["status"] == "failed" and info["reason"] == "OSError: no space left on device"
+    assert train_one(cfg, tmp_path / "run")["status"] == "done"
+
+
+def test_vocabulary_of_the_data_must_fit(small, train_one, tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.model\.vocab_size = 16: must be at least 32"):
+        train_one(small(**{"model.vocab_size": 16}), tmp_path / "run")
+
+
+def test_wandb_offline_mirrors_rows(small, train_one, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    info = train_one(small(**{"log.wandb": "offline", "train.eval_every": 6}), tmp_path / "run")
+    assert info["status"] == "done"
+    logged = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logged) == 1 and b"train/grad_norm" in logged[0].read_bytes()
+
+
+def test_missing_wandb_is_one_clear_line(small, train_one, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="config.log.wandb = 'offline': wandb is not installed"):
+        train_one(small(**{"log.wandb": "offline"}), tmp_path / "run")
+
+
+def test_rows_that_are_not_numbers_become_null(small, tmp_path):
+    run = metrics.RunDir(tmp_path, small())
+    run.begin(status="running")
+    run.append({"kind": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf})
+    run.release()
+    assert metrics.read_rows(tmp_path / "metrics.jsonl") == [
+        {"kind": "train", "step": 1, "loss": None, "grad_norm": None, "nonfinite": True}
+    ]
