@@ -11,9 +11,12 @@ Conventions
   errors            ValueError in one line naming the argument, its value and what is allowed.
 Gradients flow to every array argument but segment_ids; first order only.
 """
+import functools
+
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, steps
+from pallas_kernels import dispatch, reference, steps
+from pallas_kernels import mlstm as _mlstm
 
 
 def _fail(name, value, allowed):
@@ -82,4 +85,152 @@ def linear_attention(q, k, v, log_decay=None, *, scale=None, initial_state=None,
                 output_final_state=output_final_state, chunk_size=chunk_size)
 
 
+def delta_rule(q, k, v, beta, log_decay=None, *, scale=None, initial_state=None, segment_ids=None,
+               output_final_state=False, chunk_size=None, implementation=None, qk_l2norm=False):
+    """S' = exp(log_decay_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, o_t = scale S_t^T q_t.
+
+    log_decay None is DeltaNet (2406.06484); [H] or [B, T, H], Gated DeltaNet (2412.06464); [B, T, H, K], Kimi Delta
+    Attention (2510.26692). beta in [0, 2]; above 1 the transition has negative eigenvalues (2411.12537). Stable for
+    beta |k|^2 <= 2, so keys should have unit length: qk_l2norm=True divides q and k by sqrt(sum x^2 + 1e-6).
+
+    Args:
+      q: [B, T, Hk, K].  k: [B, n T, Hk, K].  v: [B, n T, H, V].  beta: [B, n T, H]. With n > 1, rows n t to
+        n t + n - 1 are the n steps of token t, taken one after the other after one decay (DeltaProduct, 2502.10297).
+      Others: see the module's conventions.
+    """
+    b, t, h = q.shape[0], q.shape[1], v.shape[2]
+    steps_per_token = k.shape[1] // max(t, 1)
+    if k.shape[1] != steps_per_token * t or steps_per_token == 0:
+        _fail("k.shape[1]", k.shape[1], f"must be a whole multiple of T = {t}")
+    _check_shape("beta", beta, (b, k.shape[1], h))
+    _check_shape("log_decay", log_decay, (h,), (b, t, h), (b, t, h, q.shape[-1]))
+    _check_shape("segment_ids", segment_ids, (b, t))
+    if qk_l2norm:
+        q, k = steps.l2_normalise(q), steps.l2_normalise(k)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if steps_per_token > 1:
+        q, log_decay, segment_ids = _spread(steps_per_token, q, log_decay, segment_ids, v)
+    _check_qkv(q, k, v)
+    _check_options(q, v, initial_state, segment_ids, chunk_size)
+    arrays = dict(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids)
+    o, final_state = _run("delta_rule", implementation, arrays, scale=scale, output_final_state=output_final_state,
+                          chunk_size=chunk_size)
+    return o[:, steps_per_token - 1::steps_per_token], final_state
+
+
+def _spread(n, q, log_decay, segment_ids, v):
+    """Rows for n steps per token: the query at the last step, the decay at the first."""
+    def rows(x, at):
+        shape = list(x.shape)
+        shape[1] *= n
+        return jnp.zeros(shape, x.dtype).at[:, at::n].set(x)
+
+    if log_decay is not None:
+        if log_decay.ndim == 1:
+            log_decay = jnp.broadcast_to(log_decay, q.shape[:2] + log_decay.shape)
+        log_decay = rows(log_decay, 0)
+    return rows(q, n - 1), log_decay, segment_ids if segment_ids is None else jnp.repeat(segment_ids, n, axis=1)
+
+
+def dplr(q, k, v, a, b, log_decay, *, scale=1.0, initial_state=None, segment_ids=None, output_final_state=False,
+         chunk_size=None, implementation=None):
+    """S_t = (diag(exp(log_decay_t)) + b_t a_t^T) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
+
+    Diagonal plus low rank: RWKV-7 (2503.14456) with a = -kappa, b = kappa * eta. The removal a^T S reads the state
+    before its decay. scale is 1 by default, as in RWKV-7.
+
+    Args:
+      q, k, a, b: [B, T, Hk, K].  v: [B, T, H, V].  log_decay: [B, T, H, K].
+      Others: see the module's conventions.
+    """
+    _check_qkv(q, k, v)
+    for name, x in (("a", a), ("b", b)):
+        _check_shape(name, x, q.shape)
+    _check_shape("log_decay", log_decay, v.shape[:3] + q.shape[3:])
+    _check_options(q, v, initial_state, segment_ids, chunk_size)
+    arrays = dict(q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids)
+    return _run("dplr", implementation, arrays, scale=scale, output_final_state=output_final_state,
+                chunk_size=chunk_size)
+
+
+def mlstm(q, k, v, input_gate, forget_gate, *, input_activation="exp", scale=None, initial_state=None, segment_ids=None,
+          output_final_state=False, chunk_size=None, implementation=None):
+    """Matrix LSTM; gates [B, T, H] before activation, f = sigmoid(forget_gate).
+
+    input_activation 'exp' (2405.04517): C_t = f C_{t-1} + e^i k v^T, n_t = f n_{t-1} + e^i k,
+    o = scale C^T q / max(|scale n . q|, 1), with a running stabiliser m that leaves the result unchanged; its states
+    are (C [B, H, K, V], n [B, H, K], m [B, H]) with C and n scaled by e^-m, and m is a constant for gradients.
+    'sigmoid' (2503.14376): e^i becomes sigmoid(i), no normaliser, and the state is C. Runs on `linear_attention`,
+    whose implementations it takes.
+    """
+    _check_qkv(q, k, v)
+    for name, x in (("input_gate", input_gate), ("forget_gate", forget_gate)):
+        _check_shape(name, x, v.shape[:3])
+    if input_activation not in ("exp", "sigmoid"):
+        _fail("input_activation", repr(input_activation), "must be 'exp' or 'sigmoid'")
+    if initial_state is not None:
+        memory = initial_state[0] if input_activation == "exp" else initial_state
+        _check_shape("initial_state", memory, (v.shape[0], v.shape[2], q.shape[-1], v.shape[-1]))
+    _check_options(q, v, None, segment_ids, chunk_size)
+    options = dict(scale=q.shape[-1] ** -0.5 if scale is None else scale, input_activation=input_activation,
+                   initial_state=initial_state, segment_ids=segment_ids)
+    if implementation == "reference":
+        o, state = reference.mlstm(q, k, v, input_gate, forget_gate, **options)
+        return o, state if output_final_state else None
+    run = functools.partial(linear_attention, chunk_size=chunk_size, implementation=implementation)
+    return _mlstm.mlstm(run, q, k, v, input_gate, forget_gate, output_final_state=output_final_state, **options)
+
+
+def diagonal_scan(x, log_decay, *, initial_state=None, segment_ids=None, reverse=False, output_final_state=False,
+                  implementation=None):
+    """h_t = exp(log_decay_t) h_{t-1} + x_t per channel (S4D, RG-LRU, HGRN, EMA). Returns (h, final_state or None).
+
+    Args:
+      x: [B, T, D], real or complex.  log_decay: [D] or [B, T, D], real or complex, real part <= 0.
+      initial_state: [B, D] state before the first token (after the last one when reverse=True).
+      reverse: run from the last token to the first; segments restart there likewise.
+    A complex log_decay gives a complex h; otherwise h has x's dtype.
+    """
+    if x.ndim != 3:
+        _fail("x.shape", x.shape, "must be [B, T, D]")
+    _check_shape("log_decay", log_decay, x.shape[2:], x.shape)
+    _check_shape("initial_state", initial_state, (x.shape[0], x.shape[2]))
+    _check_shape("segment_ids", segment_ids, x.shape[:2])
+    arrays = dict(x=x, log_decay=jnp.broadcast_to(log_decay, x.shape), initial_state=initial_state,
+                  segment_ids=segment_ids)
+    return _run("diagonal_scan", implementation, arrays, reverse=reverse, output_final_state=output_final_state,
+                chunk_size=None)
+
+
+def causal_conv1d(x, weight, bias=None, *, activation=None, initial_state=None, segment_ids=None,
+                  output_final_state=False, implementation=None):
+    """y_t = sum_j weight_j x_{t - W + 1 + j} + bias per channel, then SiLU if activation='silu'.
+
+    Returns (y, final_state or None).
+
+    Args:
+      x: [B, T, D].  weight: [W, D], its last row for the current token.  bias: [D] or None.
+      initial_state: [B, W - 1, D] inputs before the first token, oldest first; None = zeros. final_state likewise.
+      segment_ids: [B, T]; taps that reach before the start of a segment read zero.
+    """
+    if x.ndim != 3:
+        _fail("x.shape", x.shape, "must be [B, T, D]")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[2] or weight.shape[0] == 0:
+        _fail("weight.shape", weight.shape, f"must be [W, D] with D = {x.shape[2]}")
+    if activation not in (None, "silu"):
+        _fail("activation", repr(activation), "must be None or 'silu'")
+    _check_shape("bias", bias, x.shape[2:])
+    _check_shape("initial_state", initial_state, (x.shape[0], weight.shape[0] - 1, x.shape[2]))
+    _check_shape("segment_ids", segment_ids, x.shape[:2])
+    arrays = dict(x=x, weight=weight, bias=bias, initial_state=initial_state, segment_ids=segment_ids)
+    return _run("causal_conv1d", implementation, arrays, activation=activation, output_final_state=output_final_state,
+                chunk_size=None)
+
+
 linear_attention_step = steps.linear_attention_step
+delta_rule_step = steps.delta_rule_step
+dplr_step = steps.dplr_step
+mlstm_step = steps.mlstm_step
+diagonal_scan_step = steps.diagonal_scan_step
+causal_conv1d_step = steps.causal_conv1d_step

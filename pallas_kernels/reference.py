@@ -16,16 +16,16 @@ def resets(segment_ids):
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
-def _scan_tokens(step, arrays, state, segment_ids):
-    """Scan `step(*token_arrays, state) -> (o, state)` over axis 1, with the state zeroed where a segment starts."""
+def _scan_tokens(step, arrays, state, segment_ids, fresh=None):
+    """Scan `step(*token_arrays, state) -> (o, state)` over axis 1; a segment starts from state `fresh` (default 0)."""
+    fresh = jax.tree.map(jnp.zeros_like, state) if fresh is None else fresh
     over_time = [jnp.moveaxis(x, 1, 0) for x in arrays]
     flags = None if segment_ids is None else resets(segment_ids).T
 
     def body(state, inputs):
         token, flag = inputs
         if flag is not None:
-            keep = jax.tree.map(lambda s: flag.reshape(flag.shape + (1,) * (s.ndim - 1)), state)
-            state = jax.tree.map(lambda s, f: jnp.where(f, jnp.zeros_like(s), s), state, keep)
+            state = jax.tree.map(lambda s, new: jnp.where(flag.reshape(-1, *(1,) * (s.ndim - 1)), new, s), state, fresh)
         o, state = step(*token, state)
         return state, o
 
@@ -48,3 +48,50 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
         return _scan_tokens(step, (q, k, v), state, segment_ids)
     step = functools.partial(steps.linear_attention_step, scale=scale)
     return _scan_tokens(step, (q, k, v, log_decay), state, segment_ids)
+
+
+def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segment_ids=None):
+    """See `pallas_kernels.api.delta_rule`."""
+    state = _initial(initial_state, q, v, k, log_decay)
+    if log_decay is None or log_decay.ndim == 1:
+        step = lambda q, k, v, beta, s: steps.delta_rule_step(q, k, v, beta, log_decay, s, scale=scale)  # noqa: E731
+        return _scan_tokens(step, (q, k, v, beta), state, segment_ids)
+    step = functools.partial(steps.delta_rule_step, scale=scale)
+    return _scan_tokens(step, (q, k, v, beta, log_decay), state, segment_ids)
+
+
+def dplr(q, k, v, a, b, log_decay, *, scale, initial_state=None, segment_ids=None):
+    """See `pallas_kernels.api.dplr`."""
+    state = _initial(initial_state, q, v, k, log_decay)
+    step = functools.partial(steps.dplr_step, scale=scale)
+    return _scan_tokens(step, (q, k, v, a, b, log_decay), state, segment_ids)
+
+
+def mlstm(q, k, v, input_gate, forget_gate, *, scale, input_activation="exp", initial_state=None, segment_ids=None):
+    """See `pallas_kernels.api.mlstm`."""
+    step = functools.partial(steps.mlstm_step, scale=scale, input_activation=input_activation)
+    fresh = _initial(None, q, v, k)
+    if input_activation == "exp":
+        fresh = (fresh, fresh[..., 0], jnp.full(fresh.shape[:2], steps.NO_STABILISER, fresh.dtype))
+    state = fresh if initial_state is None else initial_state
+    return _scan_tokens(step, (q, k, v, input_gate, forget_gate), state, segment_ids, fresh)
+
+
+def diagonal_scan(x, log_decay, *, initial_state=None, segment_ids=None, reverse=False):
+    """See `pallas_kernels.api.diagonal_scan`."""
+    if reverse:
+        x, log_decay, segment_ids = (a if a is None else jnp.flip(a, 1) for a in (x, log_decay, segment_ids))
+    dtype = jnp.result_type(x.dtype, log_decay.dtype, steps.accumulation_dtype(x, log_decay))
+    state = jnp.zeros_like(x[:, 0], dtype) if initial_state is None else initial_state.astype(dtype)
+    h, state = _scan_tokens(steps.diagonal_scan_step, (x.astype(dtype), log_decay.astype(dtype)), state, segment_ids)
+    h = h if jnp.iscomplexobj(log_decay) else h.astype(x.dtype)
+    return jnp.flip(h, 1) if reverse else h, state
+
+
+def causal_conv1d(x, weight, bias=None, *, activation=None, initial_state=None, segment_ids=None):
+    """See `pallas_kernels.api.causal_conv1d`."""
+    state = initial_state
+    if state is None:
+        state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[-1]), x.dtype)
+    step = lambda x, s: steps.causal_conv1d_step(x, weight, bias, s, activation=activation)  # noqa: E731
+    return _scan_tokens(step, (x,), state, segment_ids)

@@ -29,7 +29,7 @@ def _sizes(chunk):
     return [1 << s for s in reversed(range(chunk.bit_length() - 1))]
 
 
-def _widen(diagonal, block):
+def widen(diagonal, block):
     """Diagonal blocks [..., 2M, h, h] and lower-left blocks [..., M, h, h] -> [..., M, 2h, 2h], zero above."""
     h = block.shape[-1]
     d = diagonal.reshape(*block.shape[:-2], 2, h, h)
@@ -37,8 +37,8 @@ def _widen(diagonal, block):
     return jnp.concatenate([upper, jnp.concatenate([block, d[..., 1, :, :]], -1)], -2)
 
 
-def _split(square):
-    """[..., M, 2h, 2h] -> diagonal blocks [..., 2M, h, h] and lower-left blocks [..., M, h, h]: undoes _widen."""
+def split(square):
+    """[..., M, 2h, 2h] -> diagonal blocks [..., 2M, h, h] and lower-left blocks [..., M, h, h]: undoes widen."""
     h = square.shape[-1] // 2
     d = jnp.stack([square[..., :h, :h], square[..., h:, h:]], -3)
     return d.reshape(*square.shape[:-3], -1, h, h), square[..., h:, :h]
@@ -58,7 +58,7 @@ def scores(rows, y, cumulative, dtype):
         columns = (_halves(y, size)[0] * left).astype(dtype)
         blocks = [einsum("...ik,...jk->...ij", (_halves(x, size)[1] * right).astype(dtype), columns,
                          preferred_element_type=acc) for x in rows]
-        squares = [_widen(square, block) for square, block in zip(squares, blocks, strict=True)]
+        squares = [widen(square, block) for square, block in zip(squares, blocks, strict=True)]
     return [square[..., 0, :, :] for square in squares]
 
 
@@ -78,7 +78,7 @@ def scores_vjp(cotangents, rows, y, cumulative, dtype):
         columns = (_halves(y, size)[0] * left).astype(dtype)
         dcolumns = 0
         for r, x in enumerate(rows):
-            squares[r], block = _split(squares[r])
+            squares[r], block = split(squares[r])
             block = block.astype(dtype)
             x = (_halves(x, size)[1] * right).astype(dtype)
             dx = right * einsum("...ij,...jk->...ik", block, columns, preferred_element_type=acc)

@@ -1,0 +1,129 @@
+"""The decays of one chunk behind one interface, for operators that treat a decay per head and per channel alike.
+
+Tensors are [B, H, N, C, K]; log decays [B, H, N, C, 1] (one per head and token), [B, H, N, C, K] (per channel) or None.
+"""
+import jax.numpy as jnp
+
+from pallas_kernels.xla import pairs
+from pallas_kernels.xla.common import cumulative_decay, einsum, prefix_sum
+
+
+class ChunkDecay:
+    """Weights and pair scores under a cumulative log decay b.
+
+    enter = e^b and leave = e^{b_C - b} broadcast against [B, H, N, C, K]; carry = e^{b_C} is [N, B, H, 1 or K, 1];
+    before = e^{b of the previous token}. All include the segment masks.
+    """
+
+    def __init__(self, log_decay, segs, chunk, dtype):
+        self.chunk, self.segs, self.dtype = chunk, segs, dtype
+        self.per_channel = log_decay is not None and log_decay.shape[-1] > 1
+        one = jnp.ones((1, 1, 1, 1, 1), dtype)
+        if log_decay is None:
+            self.enter = self.leave = self.before = one
+            carry = one[..., 0, :]
+            self._weights = self._pairs().astype(dtype)
+        else:
+            self._cumulative = coarse, fine = cumulative_decay(log_decay, -2)
+            self.enter = jnp.exp(coarse + fine)
+            self.before = jnp.pad(self.enter[..., :-1, :], [(0, 0)] * 3 + [(1, 0), (0, 0)], constant_values=1)
+            self.leave = jnp.exp((coarse[..., -1:, :] - coarse) + (fine[..., -1:, :] - fine))
+            carry = self.enter[..., -1, :]
+            if not self.per_channel:
+                c, f = coarse[..., 0], fine[..., 0]
+                gap = (c[..., :, None] - c[..., None, :]) + (f[..., :, None] - f[..., None, :])
+                self._weights = jnp.exp(jnp.where(self._pairs(), gap, -jnp.inf))
+        if segs is not None:
+            reached = segs.enter[..., None]
+            self.enter, self.before = self.enter * reached, self.before * reached
+            self.leave, carry = self.leave * segs.leave[..., None], carry * segs.carry[..., None]
+        self.carry = jnp.moveaxis(carry, 2, 0)[..., None]
+
+    def _pairs(self):
+        causal = jnp.tril(jnp.ones((1, 1, 1, self.chunk, self.chunk), bool))
+        return causal if self.segs is None else causal & self.segs.same
+
+    def carries(self, n):
+        """carry for n chunks, as a scan input."""
+        return jnp.broadcast_to(self.carry, (n,) + self.carry.shape[1:])
+
+    def scores(self, rows, y, dtype):
+        """[..., C, C] products of each x with y under the decay, zero above the diagonal and across segments."""
+        if self.per_channel:
+            squares = pairs.scores(rows, y, self._cumulative, dtype)
+            return squares if self.segs is None else [jnp.where(self.segs.same, s, 0) for s in squares]
+        y = y.astype(dtype)
+        return [self._weights * einsum("...ik,...jk->...ij", x.astype(dtype), y, preferred_element_type=self.dtype)
+                for x in rows]
+
+    def scores_vjp(self, cotangents, rows, y, dtype):
+        """As `pairs.scores_vjp`: ([(strict, diagonal) of dx], strict dy, diagonal dy)."""
+        if self.segs is not None:
+            cotangents = [jnp.where(self.segs.same, ct, 0) for ct in cotangents]
+        if self.per_channel:
+            return pairs.scores_vjp(cotangents, rows, y, self._cumulative, dtype)
+        strict = jnp.tril(jnp.ones((self.chunk, self.chunk), bool), -1)
+        diagonals = [jnp.diagonal(ct, axis1=-2, axis2=-1)[..., None] for ct in cotangents]
+        cotangents = [jnp.where(strict, ct * self._weights, 0).astype(dtype) for ct in cotangents]
+        drows = [(einsum("...ij,...jk->...ik", ct, y.astype(dtype), preferred_element_type=self.dtype), d * y)
+                 for ct, d in zip(cotangents, diagonals, strict=True)]
+        dy = sum(einsum("...ij,...ik->...jk", ct, x.astype(dtype), preferred_element_type=self.dtype)
+                 for ct, x in zip(cotangents, rows, strict=True))
+        return drows, dy, sum(d * x for d, x in zip(diagonals, rows, strict=True))
+
+    def gradient(self, log_decay, reach, behind, kept):
+        """Gradient of log_decay.
+
+        Args:
+          reach: [B, H, N, C, K], gradient of b_i: what token i reads minus what it writes, diagonal left out.
+          behind: [B, H, N, C, K], the share of token i in the leaving state, or None without states.
+          kept: [N, B, H, K], the share of the entering state in it.
+        """
+        if not self.per_channel:
+            reach = reach.sum(-1, keepdims=True)
+        grad = prefix_sum(reach, -2, reverse=True)
+        if behind is not None:
+            if not self.per_channel:
+                behind, kept = behind.sum(-1, keepdims=True), kept.sum(-1, keepdims=True)
+            grad = grad + prefix_sum(behind, -2, exclusive=True) + jnp.moveaxis(kept, 0, 2)[..., None, :]
+        if self.segs is not None:
+            grad = jnp.where(self.segs.start[..., None], 0, grad)
+        return grad.astype(log_decay.dtype)
+
+
+def unit_lower_inverse(strict):
+    """(I + strict)^-1 for strictly lower triangular [..., C, C], C a power of two.
+
+    Inverses of diagonal blocks are merged pairwise, X_10 = -X_1 L_10 X_0. Only inverses are multiplied, never powers
+    of L, whose entries grow much faster with repeated keys. Rows depend on earlier rows only, bit for bit.
+    """
+    chunk = strict.shape[-1]
+    blocks, square = [], strict[..., None, :, :]
+    while square.shape[-1] > 1:
+        square, block = pairs.split(square)
+        blocks.append(block)
+    inverse = jnp.ones(strict.shape[:-2] + (chunk, 1, 1), strict.dtype)
+    for block in reversed(blocks):
+        left, right = (inverse.reshape(*block.shape[:-2], 2, *block.shape[-2:])[..., i, :, :] for i in (0, 1))
+        inverse = pairs.widen(inverse, -einsum("...ij,...jk,...kl->...il", right, block, left))
+    return inverse[..., 0, :, :]
+
+
+def masked_strict(x):
+    """Zeroes the diagonal and above."""
+    return jnp.where(jnp.tril(jnp.ones(x.shape[-2:], bool), -1), x, 0)
+
+
+def masked_lower(x):
+    """Zeroes above the diagonal."""
+    return jnp.where(jnp.tril(jnp.ones(x.shape[-2:], bool)), x, 0)
+
+
+def shift_later(x):
+    """Row i of the result is row i - 1 of x along axis -2; the first row is zero."""
+    return jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0, 0)])
+
+
+def shift_earlier(x):
+    """Row i of the result is row i + 1 of x along axis -2; the last row is zero."""
+    return jnp.pad(x[..., 1:, :], [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)])

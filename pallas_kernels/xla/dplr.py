@@ -1,0 +1,139 @@
+"""Diagonal plus low rank transitions, S_t = (diag(e^{w_t}) + b_t a_t^T) S_{t-1} + k_t v_t^T: RWKV-7 (2503.14456).
+
+One head and one chunk, with c the inclusive and e the exclusive in-chunk sum of log decays, S the entering state:
+
+    U  = (I - A_ab)^-1 ((a * e^e) S + A_ak V)           A_ab,ij = sum a_i b_j exp(e_i - c_j), A_ak with k_j; j < i
+    O  = scale [(Q * e^c) S + A_qk V + A_qb U]          A_qk,ij = sum q_i k_j exp(c_i - c_j), A_qb with b_j; j <= i
+    S' = e^{c_C} S + (K * e^{c_C - c})^T V + (B * e^{c_C - c})^T U
+
+e_i = c_{i-1}: the rows of a, moved one token earlier, meet the columns under the same decays as the rows of q.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.steps import accumulation_dtype, repeat_heads
+from pallas_kernels.xla import common
+from pallas_kernels.xla.channel_decay import power_of_two_chunk
+from pallas_kernels.xla.common import einsum
+from pallas_kernels.xla.decay import (
+    ChunkDecay,
+    masked_lower,
+    masked_strict,
+    shift_earlier,
+    shift_later,
+    unit_lower_inverse,
+)
+from pallas_kernels.xla.delta_rule import default_chunk
+
+
+def dplr(q, k, v, a, b, log_decay, *, scale, initial_state=None, segment_ids=None, output_final_state=False,
+         chunk_size=None):
+    """See `pallas_kernels.api.dplr`."""
+    length, heads = v.shape[1:3]
+    chunk = power_of_two_chunk(chunk_size or default_chunk(), length)
+    acc = accumulation_dtype(q, k, v, log_decay, initial_state)
+    q, k, a, b = (common.to_chunks(repeat_heads(x, heads), chunk) for x in (q, k, a, b))
+    v, log_decay = common.to_chunks(v, chunk), common.to_chunks(log_decay.astype(acc), chunk)
+    segs = common.segments(segment_ids, chunk)
+    segs = segs and common.Segments(*(x[:, 0] for x in segs))
+    initial_state = initial_state if initial_state is None else initial_state.astype(acc)
+    o, final = _chunked((float(scale), output_final_state), q, k, v, a, b, log_decay, initial_state, segs)
+    return common.from_chunks(o[:, :, None], length), final
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(static, *args):
+    return _forward(static, *args)[0]
+
+
+def _scores(decay, q, k, a, b, segs, mm):
+    """A_qk, A_qb, A_ak, A_ab. Moved rows meet tokens of the segment before a start: those pairs are masked here."""
+    earlier = shift_earlier(a)
+    qk, ak = decay.scores([q, earlier], k, mm)
+    qb, ab = decay.scores([q, earlier], b, mm)
+    return qk, qb, _same(segs, shift_later(ak)), _same(segs, shift_later(ab))
+
+
+def _same(segs, square):
+    return square if segs is None else jnp.where(segs.same, square, 0)
+
+
+def _forward(static, q, k, v, a, b, log_decay, initial_state, segs):
+    scale, want_final = static
+    acc, mm = log_decay.dtype, common.matmul_dtype(v)
+    n, chunk = v.shape[2:4]
+    decay = ChunkDecay(log_decay, segs, chunk, acc)
+    product = functools.partial(einsum, preferred_element_type=acc)
+    v_mm = v.astype(mm)
+    qk, qb, ak, ab = _scores(decay, q, k, a, b, segs, mm)
+    t = unit_lower_inverse(-ab).astype(mm)
+    local = product("bhnij,bhnjv->bhniv", ak.astype(mm), v_mm)
+    state = jnp.zeros(v.shape[:2] + (k.shape[-1], v.shape[-1]), acc) if initial_state is None else initial_state
+
+    def body(s, chunk_inputs):
+        t, reads, local, writes, erased, v, carry = chunk_inputs
+        u = product("bhik,bhkv->bhiv", reads, s.astype(mm)) + local
+        u = product("bhij,bhjv->bhiv", t, u.astype(mm))
+        new = carry * s + product("bhik,bhiv->bhkv", writes, v) + product("bhik,bhiv->bhkv", erased, u.astype(mm))
+        return new, (s, u)
+
+    inputs = (t, (decay.before * a).astype(mm), local, (decay.leave * k).astype(mm), (decay.leave * b).astype(mm), v_mm)
+    final, (states, u) = jax.lax.scan(body, state, tuple(jnp.moveaxis(x, 2, 0) for x in inputs) + (decay.carries(n),))
+    o = product("bhnij,bhnjv->bhniv", qk.astype(mm), v_mm) + product("bhnij,nbhjv->bhniv", qb.astype(mm), u.astype(mm))
+    o = o + product("bhnik,nbhkv->bhniv", (decay.enter * q).astype(mm), states.astype(mm))
+    residuals = (q, k, v, a, b, log_decay, initial_state, segs, t, states)
+    return ((scale * o).astype(v.dtype), final if want_final else None), residuals
+
+
+def _backward(static, residuals, cotangents):
+    scale, _ = static
+    q, k, v, a, b, log_decay, initial_state, segs, t, states = residuals
+    do, dfinal = cotangents
+    acc, mm = log_decay.dtype, common.matmul_dtype(v)
+    n, chunk = v.shape[2:4]
+    decay = ChunkDecay(log_decay, segs, chunk, acc)
+    product = functools.partial(einsum, preferred_element_type=acc)
+    do, v_mm, states_mm = (scale * do.astype(acc)).astype(mm), v.astype(mm), states.astype(mm)
+    qk, qb, ak, ab = _scores(decay, q, k, a, b, segs, mm)
+    reads_a, writes_b = (decay.before * a).astype(mm), (decay.leave * b).astype(mm)
+    r = product("bhnik,nbhkv->bhniv", reads_a, states_mm) + product("bhnij,bhnjv->bhniv", ak.astype(mm), v_mm)
+    u = product("bhnij,bhnjv->bhniv", t, r.astype(mm)).astype(mm)
+
+    du = product("bhnij,bhniv->bhnjv", qb.astype(mm), do)
+    reads = product("bhnik,bhniv->nbhkv", (decay.enter * q).astype(mm), do)
+
+    def body(ds, chunk_inputs):
+        t, reads_a, writes_b, du, reads, carry = chunk_inputs
+        du = du + product("bhik,bhkv->bhiv", writes_b, ds.astype(mm))
+        dr = product("bhji,bhjv->bhiv", t, du.astype(mm))
+        return carry * ds + reads + product("bhik,bhiv->bhkv", reads_a, dr.astype(mm)), (ds, dr)
+
+    last = jnp.zeros(reads.shape[1:], acc) if dfinal is None else dfinal.astype(acc)
+    inputs = tuple(jnp.moveaxis(x, 2, 0) for x in (t, reads_a, writes_b, du)) + (reads, decay.carries(n))
+    dinitial, (dstates, dr) = jax.lax.scan(body, last, inputs, reverse=True)
+    dr, dstates_mm = jnp.moveaxis(dr, 0, 2).astype(mm), dstates.astype(mm)
+
+    dv = product("bhnij,bhniv->bhnjv", qk.astype(mm), do) + product("bhnij,bhniv->bhnjv", ak.astype(mm), dr)
+    dv = dv + product("bhnjk,nbhkv->bhnjv", (decay.leave * k).astype(mm), dstates_mm)
+    dqk, dqb = (masked_lower(product("bhniv,bhnjv->bhnij", do, x)) for x in (v_mm, u))
+    dak, dab = (shift_earlier(_same(segs, masked_strict(product("bhniv,bhnjv->bhnij", dr, x)))) for x in (v_mm, u))
+    earlier = shift_earlier(a)
+    ((dq1, dq1_diagonal), (da1, da1_diagonal)), dk, dk_diagonal = decay.scores_vjp([dqk, dak], [q, earlier], k, mm)
+    ((dq2, dq2_diagonal), (da2, da2_diagonal)), db, db_diagonal = decay.scores_vjp([dqb, dab], [q, earlier], b, mm)
+    da_moved = da1 + da2
+    dq = dq1 + dq2 + decay.enter * product("bhniv,nbhkv->bhnik", do, states_mm)
+    da_in = decay.before * product("bhniv,nbhkv->bhnik", dr, states_mm)
+    dk_out = decay.leave * product("bhniv,nbhkv->bhnik", v_mm, dstates_mm)
+    db_out = decay.leave * product("bhniv,nbhkv->bhnik", u, dstates_mm)
+    reach = q * dq + earlier * da_moved + shift_earlier(a * da_in) - k * dk - b * db
+    kept = (states * dstates).sum(-1) * decay.carry[..., 0]
+    dlog_decay = decay.gradient(log_decay, reach, k * dk_out + b * db_out, kept)
+    da = shift_later(da_moved + da1_diagonal + da2_diagonal) + da_in
+    return ((dq + dq1_diagonal + dq2_diagonal).astype(q.dtype), (dk + dk_diagonal + dk_out).astype(k.dtype),
+            dv.astype(v.dtype), da.astype(a.dtype), (db + db_diagonal + db_out).astype(b.dtype), dlog_decay,
+            None if initial_state is None else dinitial, None)
+
+
+_chunked.defvjp(_forward, _backward)
