@@ -66,11 +66,8 @@ class LM:
         for index, (path, part) in enumerate(self.parts.items()):
             part_key = jax.random.fold_in(key, index)
             if path.startswith("pattern/"):
-                layers = [
-                    part.init(jax.random.fold_in(part_key, r), part.layer + r * len(self.model.pattern))
-                    for r in range(self.repeats)
-                ]
-                _set(params, path, jax.tree.map(lambda *xs: jnp.stack(xs), *layers))
+                layers = part.layer + len(self.model.pattern) * jnp.arange(self.repeats)
+                _set(params, path, jax.vmap(part.init)(jax.random.split(part_key, self.repeats), layers))
             else:
                 _set(params, path, part.init(part_key, part.layer))
         return params

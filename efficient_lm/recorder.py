@@ -41,7 +41,7 @@ class Recorder:
         self.ceiling = self._ceiling(first[0]["loss"]) if first else None
         self.began = self.updated = time.perf_counter()
         self.earlier_seconds = run.info.get("wall_seconds") or 0.0
-        self.logged_at = (start, 0.0)  # step and active seconds of the last row
+        self.rate, self.rated_at = None, (0, 0.0)  # tokens/s, and the timed steps and seconds of the last row
 
     def _ceiling(self, first_loss):
         return DIVERGED_FACTOR * max(first_loss or 0.0, math.log(self.cfg.model.vocab_size))
@@ -88,12 +88,12 @@ class Recorder:
             )
 
     def _row(self, step, values):
-        last_step, last_active = self.logged_at
-        seconds = self.watch.active - last_active
-        rate = (step - last_step) * self.tokens_per_step / seconds if seconds > 0 else None
-        self.logged_at = (step, self.watch.active) if rate else (last_step, last_active)
-        mfu = rate * self.flops_per_token["model_causal"] / self.peak_flops if rate and self.peak_flops else None
-        self.write("train", step, values | {"tokens_per_s": rate, "mfu": mfu, "seconds": self.seconds()})
+        steps, seconds = self.watch.steps - self.rated_at[0], self.watch.active - self.rated_at[1]
+        if steps:  # else this row is of the same call as the last one
+            self.rate, self.rated_at = steps * self.tokens_per_step / seconds, (self.watch.steps, self.watch.active)
+        known = self.rate and self.peak_flops
+        mfu = self.rate * self.flops_per_token["model_causal"] / self.peak_flops if known else None
+        self.write("train", step, values | {"tokens_per_s": self.rate, "mfu": mfu, "seconds": self.seconds()})
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """Append a row and show it."""
@@ -131,7 +131,7 @@ class Stopwatch:
 
     def __init__(self):
         self.step_seconds: list[float] = []
-        self.active = 0.0
+        self.steps, self.active = 0, 0.0
         self._last = None
 
     def done(self, n: int) -> None:
@@ -139,6 +139,7 @@ class Stopwatch:
         now = time.perf_counter()
         if self._last is not None:
             self.step_seconds.append((now - self._last) / n)
+            self.steps += n
             self.active += now - self._last
         self._last = now
 

@@ -31,7 +31,10 @@ class Mixer(nnx.Module):
     Config = MixerConfig
 
     def __init__(self, cfg, model, make):
-        """Create parameters with `make` (layers.Maker; `make.layer` is the 0-based layer)."""
+        """Create parameters with `make` (layers.Maker).
+
+        `make.layer` is the 0-based layer, an array: initial values may depend on it, shapes may not.
+        """
 
     def __call__(self, x, ctx):
         """x [B, T, d], ctx layers.Context -> y [B, T, d], aux {name: scalar}.

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from pallas_kernels.flops import linear_attention_flops
 
 from efficient_lm.flops import Flops, dense
 from efficient_lm.layers import Linear, wide
@@ -13,6 +12,7 @@ from efficient_lm.mixers.base import MIXERS, Mixer, MixerConfig
 from efficient_lm.norms import RMSNorm
 from efficient_lm.schema import ConfigError, setting
 from pallas_kernels import api
+from pallas_kernels.flops import linear_attention_flops
 
 
 @dataclass(frozen=True)
