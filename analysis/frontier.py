@@ -85,7 +85,8 @@ def share_floor(frontiers: list[Frontier]) -> tuple[list[Frontier], dict | None]
     """Fits L = E + k_i C^-gamma, E and gamma shared, and refits each frontier above that E.
 
     Variable projection: for each gamma of a grid the rest is linear, for the points and for all draws at once. Also
-    returns `{"E", "gamma", "k"}`, [1 + draws] and [1 + draws, frontiers], the value first and then the draws. Unchanged, and None, where there are fewer budgets in all than parameters plus one.
+    returns `{"E", "gamma", "k"}`, [1 + draws] and [1 + draws, frontiers], the value first and then the draws.
+    Unchanged, and None, where there are no more budgets in all than parameters.
     """
     which = np.concatenate([np.full(len(f.C), i) for i, f in enumerate(frontiers)])
     if len(which) < len(frontiers) + 3:

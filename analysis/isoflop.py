@@ -168,6 +168,16 @@ def profiles(frame, variable: str = "N", options: Options | None = None) -> list
     ]  # fmt: skip
 
 
+def next_sizes(profile: Profile) -> list[float]:
+    """Sizes to run next where a budget was refused: beyond the edge, or on both sides; [] for an accepted budget."""
+    if profile.refused is None:
+        return []
+    sizes = np.unique(profile.x)
+    ratio = float(np.clip((sizes[-1] / sizes[0]) ** (1 / max(len(sizes) - 1, 1)), 1.3, 4.0))
+    below, above = [sizes[0] / ratio, sizes[0] / ratio**2], [sizes[-1] * ratio, sizes[-1] * ratio**2]
+    return {"small": below, "large": above}.get(profile.edge, [below[0], above[0]])
+
+
 def power_law(C, x) -> tuple[np.ndarray, np.ndarray]:
     """Least squares of log x on log C, `x = A C^a`; C [budgets], x [..., budgets]; returns A [...], a [...]."""
     u, v = np.log(np.asarray(C, float)), np.log(np.asarray(x, float))

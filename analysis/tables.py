@@ -21,3 +21,30 @@ def with_interval(entry: dict, digits: int = 3) -> str:
     if entry.get("lo") is None or not math.isfinite(entry["lo"]):
         return text
     return f"{text} [{number(entry['lo'], digits)}, {number(entry['hi'], digits)}]"
+
+
+def count(value) -> str:
+    """Parameters or tokens: 950, 12.3k, 2.36M, 7.32B."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def count_interval(entry: dict) -> str:
+    """'9.36k [9.01k, 9.69k]' from `{"value", "lo", "hi"}`."""
+    if entry.get("lo") is None or not math.isfinite(entry["lo"]):
+        return count(entry["value"])
+    return f"{count(entry['value'])} [{count(entry['lo'])}, {count(entry['hi'])}]"
+
+
+def duration(seconds) -> str:
+    """'45 s', '12.3 min', '5.1 h'."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -9,6 +9,7 @@ LAWS = {
     "attention": dict(E=1.1, A=13.0, B=60.0, alpha=0.35, beta=0.32),
     "gla": dict(E=1.1, A=12.2, B=55.0, alpha=0.35, beta=0.32),
 }
+RESUMED_LOSS = 2.41  # the second value of a step that a resumed run repeats
 BUDGETS = (1e11, 3e11, 1e12)
 
 
@@ -74,8 +75,8 @@ def write_store(store, *, seed=0, noise=0.004, sizes=6, budgets=BUDGETS, archs=(
         write_run(store, "noloss0", **common)
         torn = write_run(store, "torn0", **common)
         (torn / "run.json").write_text('{"run_id": "torn0", "stat')
-        metrics = store / cells[0]["run_id"] / "metrics.jsonl"
-        repeated = {"kind": "train", "step": 100, "tokens": 1.0, "flops": 1.0, "loss": 1.5}
+        metrics = store / cells[0]["run_id"] / "metrics.jsonl"  # killed and resumed: step 100 again, then a torn line
+        repeated = {**json.loads(metrics.read_text().splitlines()[-1]), "loss": RESUMED_LOSS}
         metrics.write_text(metrics.read_text() + json.dumps(repeated) + '\n{"kind": "train", "step": 101, "lo')
         (store / "empty0").mkdir()
         (store / "started0").mkdir()

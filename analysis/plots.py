@@ -1,0 +1,275 @@
+"""Figures: loss curves, IsoFLOP profiles, parametric fits, frontiers, gains. Each function returns a matplotlib Figure.
+
+Compute is a colour scale (viridis without its palest end), architectures are colours of Okabe and Ito with a marker
+each, so that both survive colour blindness and grey print.
+"""
+
+import functools
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.colors import LinearSegmentedColormap, LogNorm  # noqa: E402
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter  # noqa: E402
+
+from analysis.frontier import Frontier  # noqa: E402
+from analysis.frontier import gain as gain_of  # noqa: E402
+from analysis.isoflop import Profile, power_law  # noqa: E402
+
+ARCH_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "os^Dv<P"
+COMPUTE = LinearSegmentedColormap.from_list("compute", plt.get_cmap("viridis")(np.linspace(0.0, 0.85, 64)))
+STYLE = {
+    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 8.5, "axes.grid": True,
+    "grid.alpha": 0.25, "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "figure.constrained_layout.use": True, "svg.hashsalt": "analysis", "lines.linewidth": 1.6,
+}  # fmt: skip
+
+
+def _styled(draw):
+    @functools.wraps(draw)
+    def inner(*args, **kwargs):
+        with plt.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return inner
+
+
+def _figure(columns=1, rows=1, width=5.2, height=4.0, **kwargs):
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **kwargs)
+    plt.close(figure)  # the caller saves it; keep pyplot's list of open figures empty
+    return figure, axes
+
+
+def _norm(values) -> LogNorm:
+    lo, hi = float(np.min(values)), float(np.max(values))
+    return LogNorm(lo, hi) if hi > lo * 1.01 else LogNorm(lo / 2, hi * 2)
+
+
+def _plain_log(axis, maximum: int = 6) -> None:
+    """A log axis over less than a decade or two, labelled with plain numbers."""
+    lo, hi = sorted(axis.get_view_interval())
+    if hi / lo > 30:
+        return
+    axis.set_major_locator(MaxNLocator(maximum, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_locator(LogLocator(subs=[]))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _budget(C: float) -> str:
+    return f"{C:.2g}".replace("e+", "e")
+
+
+def _colour_bar(figure, axes, norm, label="training compute C (FLOP)"):
+    scale = plt.cm.ScalarMappable(norm, COMPUTE)
+    figure.colorbar(scale, ax=axes, label=label, pad=0.02, aspect=30)
+
+
+@_styled
+def loss_curves(curves, runs, *, group: str = "arch", excluded=None):
+    """Training loss against training FLOPs, one panel per architecture.
+
+    Args:
+      curves: from `load.load_curves`, columns run_id, flops, loss.
+      runs: rows with run_id, C and `group`; coloured by C, with a dot at the final (validation) loss.
+      excluded: rows left out, drawn as dashed grey lines.
+    """
+    names = list(dict.fromkeys(runs[group])) if group in runs else ["all runs"]
+    figure, axes = _figure(len(names), sharex=True, sharey=True)
+    norm = _norm(runs["C"])
+    lines = {key: part for key, part in curves.groupby("run_id")} if len(curves) else {}
+    finals = [curve["loss"].iloc[-1] for curve in lines.values() if np.isfinite(curve["loss"].iloc[-1])]
+    for ax, name in zip(axes[0], names, strict=True):
+        mine = runs[runs[group] == name] if group in runs else runs
+        lost = excluded if excluded is None or group not in excluded else excluded[excluded[group] == name]
+        for run_id in [] if lost is None or "run_id" not in lost else lost["run_id"]:
+            if run_id in lines:
+                ax.plot(*_thin(lines[run_id]), color="0.6", lw=0.9, ls="--", label="excluded")
+        for run in mine.sort_values("C").itertuples():
+            colour = COMPUTE(norm(run.C))
+            if run.run_id in lines:
+                ax.plot(*_thin(lines[run.run_id]), color=colour, lw=1.1, alpha=0.9)
+            ax.plot(run.C, run.loss, "o", color=colour, ms=4, mec="white", mew=0.5)
+        ax.set(xscale="log", yscale="log", title=str(name), xlabel="training compute so far (FLOP)")
+        handles, labels = ax.get_legend_handles_labels()
+        if handles:
+            ax.legend(handles[:1], labels[:1])
+    if finals:
+        low = min(min(finals), runs["loss"].min())
+        axes[0, 0].set_xlim(runs["C"].min() / 50, runs["C"].max() * 1.5)
+        axes[0, 0].set_ylim(low * 0.97, max(low * 2.2, runs["loss"].max() * 1.15))
+    axes[0, 0].set_ylabel("loss (nats/token)")
+    _plain_log(axes[0, 0].yaxis)
+    _colour_bar(figure, axes, norm)
+    return figure
+
+
+def _thin(curve, points: int = 300):
+    curve = curve[np.isfinite(curve["loss"].astype(float)) & (curve["flops"] > 0)]
+    keep = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), points)).astype(int))
+    return curve["flops"].to_numpy(float)[keep], curve["loss"].to_numpy(float)[keep]
+
+
+@_styled
+def isoflop(profiles: dict[str, list[Profile]], *, level: float = 0.95, xlabel="parameters N"):
+    """IsoFLOP profiles, one panel per architecture: points, parabolas, minima with intervals; refused ones hollow."""
+    figure, axes = _figure(len(profiles), sharex=True, sharey=True, height=4.4)
+    norm = _norm([p.C for found in profiles.values() for p in found])
+    for ax, (name, found) in zip(axes[0], profiles.items(), strict=True):
+        for p in found:
+            colour = COMPUTE(norm(p.C))
+            label = f"C = {_budget(p.C)}" + (f" ({p.refused.split(':')[0]})" if p.refused else "")
+            ax.plot(p.x, p.loss, "o", color=colour, ms=4.5, mfc="white" if p.refused else colour, label=label)
+            if p.coefficients is not None:
+                ax.plot(*p.curve(), color=colour, lw=1.3, ls="--" if p.refused else "-")
+            if p.refused is None:
+                lo, hi = np.nanquantile(p.x_draws, [(1 - level) / 2, (1 + level) / 2])
+                bar = [[max(p.x_opt - lo, 0)], [max(hi - p.x_opt, 0)]]
+                ax.errorbar(p.x_opt, p.loss_opt, xerr=bar, fmt="*", color="black", ms=10, capsize=3, lw=1.2, zorder=5)
+        good = [p for p in found if p.refused is None]
+        if good:
+            ax.plot([p.x_opt for p in good], [p.loss_opt for p in good], ":", color="black", lw=1, zorder=4)
+            ax.plot([], [], "*", color="black", ms=9, label=f"minimum, {level:.0%} interval")
+        ax.set(xscale="log", yscale="log", title=name, xlabel=xlabel)
+        ax.legend(loc="upper right")
+    sizes = np.concatenate([p.x for found in profiles.values() for p in found])
+    losses = np.concatenate([p.loss for found in profiles.values() for p in found])
+    room = (losses.max() / losses.min()) ** 0.30  # for the legend
+    axes[0, 0].set_xlim(sizes.min() / 1.3, sizes.max() * 1.3)
+    axes[0, 0].set_ylim(losses.min() / 1.01, losses.max() * room)
+    axes[0, 0].set_ylabel("final loss (nats/token)")
+    _plain_log(axes[0, 0].yaxis)
+    return figure
+
+
+@_styled
+def parametric(fit, law, frame, *, title: str = ""):
+    """A fit of `loss(N, D)`: predicted against observed with relative errors, and iso-loss lines in the (N, D) plane."""
+    figure, axes = _figure(2, height=4.3)
+    x = {name: frame[name].to_numpy(float) for name in ("N", "D")}
+    observed, predicted = frame["loss"].to_numpy(float), law.predict(fit.values, x, np)
+    C = frame["C"].to_numpy(float) if "C" in frame else 6 * x["N"] * x["D"]
+    norm = _norm(C)
+    left, right = axes[0]
+    span = np.array([min(observed.min(), predicted.min()), max(observed.max(), predicted.max())]) * [0.985, 1.015]
+    left.plot(span, span, color="0.5", lw=1)
+    left.fill_between(span, span * 0.99, span * 1.01, color="0.5", alpha=0.15, lw=0, label="within 1 %")
+    left.scatter(predicted, observed, c=C, cmap=COMPUTE, norm=norm, s=26, edgecolors="white", linewidths=0.5, zorder=3)
+    left.set(
+        xscale="log", yscale="log", xlim=span, ylim=span, xlabel="predicted loss", ylabel="observed loss", title=title
+    )
+    left.text(0.03, 0.97, f"rms error {fit.quality['rmse_log']:.2%}", transform=left.transAxes, va="top")
+    left.legend(loc="lower right")
+    for axis in (left.xaxis, left.yaxis):
+        _plain_log(axis, 5)
+    N = np.geomspace(x["N"].min() / 1.5, x["N"].max() * 1.5, 120)
+    D = np.geomspace(x["D"].min() / 1.5, x["D"].max() * 1.5, 120)
+    grid = law.predict(fit.values, {"N": N[None, :], "D": D[:, None]}, np)
+    levels = np.quantile(grid, np.linspace(0.02, 0.95, 11))
+    lines = right.contour(N, D, grid, levels=np.unique(np.round(levels, 2)), colors="0.45", linewidths=0.9)
+    right.clabel(lines, fmt="%.2f", fontsize=8)
+    points = right.scatter(
+        x["N"], x["D"], c=C, cmap=COMPUTE, norm=norm, s=26, edgecolors="white", linewidths=0.5, zorder=3
+    )
+    factor = fit.settings.get("flops_factor") or 6.0
+    best = law.optimum(fit.values, np.geomspace(factor * N[0] * D[0], factor * N[-1] * D[-1], 200), factor)
+    right.plot(best["N"], best["D"], color=ARCH_COLOURS[1], lw=2, label="compute-optimal")
+    right.set(
+        xscale="log", yscale="log", xlim=(N[0], N[-1]), ylim=(D[0], D[-1]), xlabel="parameters N", ylabel="tokens D",
+        title="lines of equal predicted loss",
+    )  # fmt: skip
+    right.legend(loc="upper left")
+    figure.colorbar(points, ax=right, label="training compute C (FLOP)", pad=0.02, aspect=30)
+    return figure
+
+
+@_styled
+def frontiers(found: dict[str, Frontier], *, level: float = 0.95):
+    """L*(C) and N*(C) of each architecture with bands; a budget without an accepted minimum is hollow."""
+    figure, axes = _figure(2, height=4.2)
+    left, right = axes[0]
+    quantiles = [(1 - level) / 2, (1 + level) / 2]
+    for (name, f), colour, marker in zip(found.items(), _cycle(ARCH_COLOURS), _cycle(MARKERS), strict=False):
+        C = np.geomspace(f.C.min() / 1.3, f.C.max() * 1.3, 60)
+        line, draws = f.law(C)
+        left.plot(C, line, color=colour, lw=1.6)
+        left.fill_between(C, *np.nanquantile(draws, quantiles, axis=0), color=colour, alpha=0.15, lw=0)
+        bars = np.abs(np.nanquantile(f.loss_draws, quantiles, axis=0) - f.loss)
+        left.errorbar(f.C, f.loss, yerr=bars, fmt=marker, color=colour, ms=5, capsize=2, lw=1, label=name)
+        good = [p for p in f.profiles if p.refused is None]
+        for p in good:
+            lo, hi = np.nanquantile(p.x_draws, quantiles)
+            right.errorbar(p.C, p.x_opt, yerr=[[max(p.x_opt - lo, 0)], [max(hi - p.x_opt, 0)]], fmt=marker, color=colour,
+                           ms=5, capsize=2, lw=1)  # fmt: skip
+        label = name
+        if len(good) >= 2:
+            at = np.array([p.C for p in good])
+            A, a = power_law(at, [p.x_opt for p in good])
+            A_draws, a_draws = power_law(at, np.stack([p.x_draws for p in good], -1))
+            band = np.log(A_draws)[:, None] + a_draws[:, None] * np.log(C)
+            right.plot(C, A * C**a, color=colour)
+            right.fill_between(C, *np.exp(np.nanquantile(band, quantiles, axis=0)), color=colour, alpha=0.15, lw=0)
+            label = f"{name}: N* ∝ C^{a:.2f}"
+        right.plot([], [], marker, color=colour, label=label)
+        for p in f.profiles:
+            if p.refused and p.coefficients is not None:
+                best = p.x[np.argmin(p.loss)]
+                right.plot(p.C, best, marker, color=colour, mfc="white", ms=6)
+    if any(p.refused for f in found.values() for p in f.profiles):
+        right.plot([], [], "o", color="0.4", mfc="white", label="best size run, minimum refused")
+    left.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel="lowest loss L*(C) (nats/token)")
+    right.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel="optimal parameters N*(C)")
+    for ax in (left, right):
+        ax.legend()
+    # a wide band must not squeeze the points into a corner
+    sizes = np.concatenate([p.x for f in found.values() for p in f.profiles])
+    right.set_ylim(sizes.min() / 1.5, sizes.max() * 1.5)
+    losses = np.concatenate([f.loss for f in found.values()])
+    left.set_ylim(
+        losses.min() ** 1.15 / losses.max() ** 0.15 * 0.98, losses.max() ** 1.15 / losses.min() ** 0.15 * 1.02
+    )
+    _plain_log(left.yaxis)
+    return figure
+
+
+@_styled
+def gain(found: dict[str, Frontier], base: str, level: float = 0.95):
+    """Compute-equivalent gain over `base` against compute, with bands; dashed beyond the losses that the base reaches.
+
+    `found` holds frontiers; each pair gets its own shared floor, as in `frontier.compare`.
+    """
+    from analysis.frontier import share_floor
+
+    figure, axes = _figure(1, width=6.2)
+    ax = axes[0, 0]
+    ax.axhline(1, color=ARCH_COLOURS[0], lw=1.5, label=f"{base} (base)")
+    top = [1.0]
+    variants = [name for name in found if name != base]
+    for name, colour, marker in zip(variants, _cycle(ARCH_COLOURS[1:]), _cycle(MARKERS[1:]), strict=False):
+        (b, v), _ = share_floor([found[base], found[name]])
+        lo, hi = max(b.C.min(), v.C.min()) * 0.97, min(b.C.max(), v.C.max()) * 1.03
+        C = np.geomspace(lo, hi, 60)
+        value, draws = gain_of(b, v, C)
+        band = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        inside = (value * C <= b.C.max() * 1.03) & (value * C >= b.C.min() * 0.97)
+        ax.fill_between(C, *band, color=colour, alpha=0.18, lw=0)
+        ax.plot(C, value, "--", color=colour, lw=1.3)
+        ax.plot(np.where(inside, C, np.nan), value, color=colour, label=name)
+        at = v.C[(v.C >= lo) & (v.C <= hi)]
+        ax.plot(at, gain_of(b, v, at)[0], marker, color=colour, ms=5)
+        top += [*value, *np.clip(band[0], value / 4, None), *np.clip(band[1], None, value * 4)]
+    ax.plot([], [], "--", color="0.4", lw=1.3, label="beyond the base's runs")
+    ax.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel=f"gain over {base} (×)")
+    ax.set_ylim(min(top) / 1.15, max(top) * 1.25)
+    _plain_log(ax.yaxis)
+    ax.legend()
+    return figure
+
+
+def _cycle(items):
+    while True:
+        yield from items
