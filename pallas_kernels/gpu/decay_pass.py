@@ -127,7 +127,8 @@ def _present(**arrays):
     return {name: a for name, a in arrays.items() if a is not None}
 
 
-def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, emit="output", interpret=None):
+def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, emit="output", save_every=0,
+               interpret=None):
     """One pass over [B, T, H, D] tensors of bf16 or fp16, T a multiple of 64, K and V in {64, 128}.
 
     Args:
@@ -137,7 +138,9 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
       init: float32 [B, H, P, K, V] state entering each of the P pieces, or None for zero.
       u: [B, T, H, V] or None; with it the row sums of o * u are returned as well, in float32.
       emit: "output" also writes the state leaving each piece; "state" computes nothing else, and leaves out the last piece.
-    Returns: dict with o [B, T, H, V], r [B, H, V/64, T] (partial row sums), state [B, H, P or P-1, K, V].
+      save_every: also write the state after every so many chunks, in the dtype of z (0 = never).
+    Returns: dict with o [B, T, H, V], r [B, H, V/64, T] (partial row sums), state [B, H, P or P-1, K, V],
+      saved [B, H, N // save_every, K, V].
     """
     b_size, t_size, heads, k_size = y.shape
     v_size, dtype = z.shape[-1], z.dtype
@@ -156,6 +159,8 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
     if u is not None:
         outs["r"] = jax.ShapeDtypeStruct((b_size, heads, n_wg, t_size), jnp.float32)
         scratch |= {"u": _tile((stages, n_wg, CHUNK, BLOCK), dtype), "r": plgpu.SMEM((n_wg, CHUNK), jnp.float32)}
+    if save_every:
+        outs["saved"] = jax.ShapeDtypeStruct((b_size, heads, max(1, chunks // save_every), k_size, v_size), dtype)
     if c is not None:
         scratch |= {"c": plgpu.SMEM((stages, CHUNK), jnp.float32), "zs": _tile((n_wg, CHUNK, BLOCK), dtype)}
 
@@ -217,6 +222,11 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
                 o, state = _add_products((o, a, z_tile), (state, y_tile.transpose(T_CONTRACT), z_state),
                                          interpret=interpret)
                 o = o * scale
+                if save_every:
+                    @pl.when(lax.rem(chunk + 1, jnp.int32(save_every)) == 0)
+                    def _():
+                        saved = lax.div(chunk, jnp.int32(save_every))
+                        gmem["saved"].at[batch, head, saved, :, cols][...] = state.astype(dtype)
                 if u is not None:
                     r = jnp.sum(o * plgpu.load(smem["u"].at[slot, wg], layout=WGMMA).astype(jnp.float32), axis=1)
                 plgpu.barrier_arrive(empty.at[slot])
@@ -240,21 +250,24 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
                    grid=(heads, n_pieces, b_size), scratch=scratch, interpret=interpret)
 
 
-def decay_pass_pair(q, k, v, do, c, total, init, *, scale, pieces, row_sums, stages=2, interpret=None):
+def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, save_every=0, stages=2, interpret=None):
     """Gradients of keys and values in one walk from the end of the sequence, with R = sum of decayed q do^T as state.
 
     dv_j = scale * sum_{i >= j} 2^(c_j - c_i) (k_j . q_i) do_i,   dk_j = scale * sum_{i >= j} 2^(c_j - c_i) (v_j . do_i) q_i,
     with c the *exclusive* in-chunk log2 decay counted from the chunk's end. One compute warpgroup makes dv, the other dk,
     and each owns one block of 64 rows of R (the first owns all of it when K is 64); bf16 R is shared through SMEM.
 
-    Args: as `decay_pass`; init float32 [B, H, P, K, V] is R entering each piece from its end.
-    Returns: dict with dk, dv, state [B, H, P, K, V] and, with `row_sums`, r [B, H, T] = sum over K of k * dk.
+    Args: as `decay_pass`; init float32 [B, H, P, K, V] is R entering each piece from its end; saved are the states S
+      that the forward pass saved, or None.
+    Returns: dict with dk, dv, state [B, H, P, K, V] and, where `saved` is given, r [B, H, T] = sum over K of k * dk and
+      f [B, H, M, K], the sums over V of S * R at the saved places.
     """
+    row_sums = saved is not None
     b_size, t_size, heads, k_size = k.shape
     v_size, dtype = v.shape[-1], v.dtype
     chunks = t_size // CHUNK
     n_blocks = k_size // BLOCK
-    operands = _present(q=q, k=k, v=v, do=do, c=c, total=total, init=init)
+    operands = _present(q=q, k=k, v=v, do=do, c=c, total=total, init=init, saved=saved)
     outs = {"state": jax.ShapeDtypeStruct((b_size, heads, pieces, k_size, v_size), jnp.float32),
             "dk": jax.ShapeDtypeStruct(k.shape, dtype), "dv": jax.ShapeDtypeStruct(v.shape, dtype)}
     sizes = {"q": k_size, "k": k_size, "v": v_size, "do": v_size}
@@ -263,6 +276,7 @@ def decay_pass_pair(q, k, v, do, c, total, init, *, scale, pieces, row_sums, sta
                 "s16": _tile((k_size, v_size), dtype)}
     if row_sums:
         outs["r"] = jax.ShapeDtypeStruct((b_size, heads, t_size), jnp.float32)
+        outs["f"] = jax.ShapeDtypeStruct(saved.shape[:4], jnp.float32)
         scratch["r"] = plgpu.SMEM((CHUNK,), jnp.float32)
     if c is not None:
         scratch |= {"c": plgpu.SMEM((stages, CHUNK), jnp.float32), "qs": _tile((n_blocks, CHUNK, BLOCK), dtype)}
@@ -307,6 +321,12 @@ def decay_pass_pair(q, k, v, do, c, total, init, *, scale, pieces, row_sums, sta
                 if c is not None:
                     c_tile = smem["c"].at[slot]
                     c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1))
+                if owns_state and row_sums:
+                    @pl.when(lax.rem(chunk + 1, jnp.int32(save_every)) == 0)
+                    def _():
+                        place = batch, head, lax.div(chunk, jnp.int32(save_every)), block
+                        s = plgpu.load(gmem["saved"].at[place], layout=WGMMA, optimized=False).astype(jnp.float32)
+                        gmem["f"].at[place][...] = jnp.sum(s * state, axis=1)
                 if owns_state:
                     q_state = smem["q"].at[slot, :, block]
                     if c is not None:

@@ -4,7 +4,8 @@ Serves linear attention (2006.16236), RetNet (2307.08621), Lightning Attention (
 sigmoid-gated mLSTM. States are float32 and stay on chip; residuals are the inputs and one state per piece of T.
 
 With S_t = e^(g_t) S_{t-1} + k_t v_t^T and o_t = scale S_t^T q_t, the gradient of the gates needs no product of its own:
-dg_t = sum_{i >= t} (q_i . dq_i - k_i . dk_i) + <S_T, dS_T>, with the row sums taken in float32 inside the kernels.
+dg_t = sum_{t <= i <= n} (q_i . dq_i - k_i . dk_i) + <S_n, dS_n> for any n >= t. The row sums are float32 and taken inside
+the kernels; n is the end of t's span of 512 tokens, because over a whole sequence the rounding of the sums adds up.
 """
 import functools
 
@@ -18,13 +19,14 @@ LOG2E = 1.4426950408889634
 FORGET = -160.0  # log2 decay that empties a float32 state; a finite stand-in for -inf, so that differences stay exact
 PROGRAMS = {64: 264, 128: 132}  # resident programs of one H100 (132 multiprocessors), by value head size
 MIN_PIECE_CHUNKS = 8
+SAVE_EVERY = 8  # chunks between the states saved for the gradient of the gates
 
 
 def supports(q, k, v, log_decay=None, *, initial_state=None, segment_ids=None):
     """None where `linear_attention` takes these arrays, else the reason as one line. Checks shapes and dtypes only."""
     del initial_state, segment_ids
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
-        return f"q, k, v must share a 16-bit float dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+        return f"q, k, v must be bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}"
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         return f"q, k, v must agree in [B, T, H], got {q.shape}, {k.shape}, {v.shape}"
     for name, size in (("key", q.shape[-1]), ("value", v.shape[-1])):
@@ -39,7 +41,7 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
     """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, differentiable in every array.
 
     Args:
-      q, k: [B, T, H, K]; v: [B, T, H, V]; bf16 or fp16, K and V in {64, 128}, any T.
+      q, k: [B, T, H, K]; v: [B, T, H, V]; bf16, K and V in {64, 128}, any T.
       log_decay: None, [H] or [B, T, H], natural log, <= 0.
       initial_state: float32 [B, H, K, V] or None for zero.
       segment_ids: int [B, T] or None; the state is emptied where the id changes.
@@ -94,11 +96,11 @@ def _chunk_decays(decay, reverse):
 def _piece_states(local, total, init, pieces, reverse):
     """State entering each piece [B, H, P, K, V], from the pieces' states grown from zero (all but the last walked)."""
     b_size, heads, _, k_size, v_size = local.shape
-    entering = jnp.zeros((b_size, heads, 1, k_size, v_size)) if init is None else init[:, :, None]
+    entering = jnp.zeros((b_size, heads, 1, k_size, v_size), jnp.float32) if init is None else init[:, :, None]
     if reverse:
         local = local[:, :, ::-1]
     if total is None:
-        weights = jnp.broadcast_to(jnp.tri(pieces), (b_size, heads, pieces, pieces))
+        weights = jnp.broadcast_to(jnp.tri(pieces, dtype=jnp.float32), (b_size, heads, pieces, pieces))
     else:
         chunks = total.shape[-1]
         per_piece = -(-chunks // pieces)
@@ -115,64 +117,74 @@ def _piece_states(local, total, init, pieces, reverse):
     return states[:, :, ::-1] if reverse else states
 
 
-def _entering_states(y, z, c, total, init, *, pieces, reverse, stages, interpret):
+def _entering_states(y, z, c, total, init, *, pieces, reverse, interpret):
     if pieces == 1:
         return None if init is None else init[:, :, None]
-    local = decay_pass(None, y, z, c, total, None, None, scale=1.0, reverse=reverse, pieces=pieces, stages=stages,
+    local = decay_pass(None, y, z, c, total, None, None, scale=1.0, reverse=reverse, pieces=pieces, stages=3,
                        emit="state", interpret=interpret)["state"]
     return _piece_states(local, total, init, pieces, reverse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _linear_attention(q, k, v, decay, init, scale, interpret):
-    return _forward(q, k, v, decay, init, scale, interpret)[:2]
+    out, _ = _forward(q, k, v, decay, init, scale, interpret)
+    return out["o"], out["state"][:, :, -1]
 
 
-def _forward(q, k, v, decay, init, scale, interpret):
+def _forward(q, k, v, decay, init, scale, interpret, save_every=0):
     pieces = count_pieces(*q.shape[:3], v.shape[-1])
     c, total = _chunk_decays(decay, reverse=False)
-    states = _entering_states(k, v, c, total, init, pieces=pieces, reverse=False, stages=3, interpret=interpret)
+    states = _entering_states(k, v, c, total, init, pieces=pieces, reverse=False, interpret=interpret)
     out = decay_pass(q, k, v, c, total, states, None, scale=scale, reverse=False, pieces=pieces, stages=2,
-                     interpret=interpret)
-    return out["o"], out["state"][:, :, -1], states
+                     save_every=save_every, interpret=interpret)
+    return out, states
 
 
 def _vjp_forward(q, k, v, decay, init, scale, interpret):
-    gate_grad = decay is not None and decay.perturbed
+    save_every = SAVE_EVERY if decay is not None and decay.perturbed else 0
     q, k, v, decay, init = (None if a is None else a.value for a in (q, k, v, decay, init))
-    o, final, states = _forward(q, k, v, decay, init, scale, interpret)
-    # Structure, not values, tells the backward pass what is wanted: residuals must be arrays.
-    return (o, final), (q, k, v, decay, states, final if gate_grad else None, () if init is None else None)
+    out, states = _forward(q, k, v, decay, init, scale, interpret, save_every)
+    final = out["state"][:, :, -1]
+    # Which residuals are None, not their values, tells the backward pass what is wanted: residuals must be arrays.
+    residuals = q, k, v, decay, states, out.get("saved"), final if save_every else None, None if init is None else ()
+    return (out["o"], final), residuals
 
 
 def _vjp_backward(scale, interpret, residuals, cotangents):
-    q, k, v, decay, states, final, no_init = residuals
+    q, k, v, decay, states, saved, final, has_init = residuals
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
     pieces = count_pieces(*q.shape[:3], v.shape[-1])
-    gate_grad = final is not None
     c, total = _chunk_decays(decay, reverse=False)
     transposed = None if states is None else states.swapaxes(-1, -2)
-    dq = decay_pass(do, v, k, c, total, transposed, q if gate_grad else None, scale=scale, reverse=False, pieces=pieces,
-                    stages=2, interpret=interpret)
+    dq = decay_pass(do, v, k, c, total, transposed, None if saved is None else q, scale=scale, reverse=False,
+                    pieces=pieces, stages=2, interpret=interpret)
     if total is not None:
         c = total[..., None] - c
     unscaled = None if dfinal is None else dfinal / scale
-    dstates = _entering_states(q, do, c, total, unscaled, pieces=pieces, reverse=True, stages=3, interpret=interpret)
-    dkv = decay_pass_pair(q, k, v, do, c, total, dstates, scale=scale, pieces=pieces, row_sums=gate_grad,
+    dstates = _entering_states(q, do, c, total, unscaled, pieces=pieces, reverse=True, interpret=interpret)
+    dkv = decay_pass_pair(q, k, v, do, c, total, dstates, saved, scale=scale, pieces=pieces, save_every=SAVE_EVERY,
                           interpret=interpret)
     ddecay = None
-    if gate_grad:
-        b_size, heads, t_size = dkv["r"].shape
-        rows = (jnp.sum(dq["r"], axis=2) - dkv["r"]).reshape(b_size, heads, t_size // CHUNK, CHUNK)
-        within = _running_sum(rows, reverse=True)
-        after = _running_sum(within[..., 0], reverse=True) - within[..., 0]
-        dg = within + after[..., None]
-        if dfinal is not None:
-            dg += jnp.sum(final * dfinal, axis=(-1, -2))[..., None, None]
-        ddecay = dg.reshape(b_size, heads, t_size).transpose(0, 2, 1) / LOG2E
-    dinit = dkv["state"][:, :, 0] * scale if no_init is None else None
-    return dq["o"], dkv["dk"], dkv["dv"], ddecay, dinit
+    if saved is not None:
+        at_end = jnp.zeros(final.shape[:2], jnp.float32) if dfinal is None else jnp.sum(final * dfinal, axis=(-1, -2))
+        rows = jnp.sum(dq["r"], axis=2) - dkv["r"]
+        ddecay = _gate_gradient(rows, scale * jnp.sum(dkv["f"], axis=-1), at_end) / LOG2E
+    return dq["o"], dkv["dk"], dkv["dv"], ddecay, None if has_init is None else dkv["state"][:, :, 0] * scale
+
+
+def _gate_gradient(rows, at_saved, at_end):
+    """dg [B, T, H] from rows q.dq - k.dk [B, H, T] and <S, dS> at the saved places [B, H, M] and at the end [B, H]."""
+    b_size, heads, t_size = rows.shape
+    span = SAVE_EVERY * CHUNK
+    spans = -(-t_size // span)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spans * span - t_size))).reshape(b_size, heads, spans, SAVE_EVERY, CHUNK)
+    within = _running_sum(rows, reverse=True)
+    chunks = within[..., 0]
+    after = _running_sum(chunks, reverse=True) - chunks
+    ends = jnp.concatenate([at_saved[..., : t_size // span], at_end[..., None]], axis=-1)[..., :spans]
+    dg = within + (after + ends[..., None])[..., None]
+    return dg.reshape(b_size, heads, spans * span)[..., :t_size].transpose(0, 2, 1)
 
 
 _linear_attention.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
