@@ -73,9 +73,7 @@ class Launcher:
 
     def run(self, cells) -> Outcome:
         """Trains `cells` (planned cells); cells that fail do not stop the others."""
-        waiting = sorted(cells, key=lambda cell: cell.predicted_seconds or cell.flops)  # pops the longest
-        if any(cell.predicted_seconds is None for cell in cells):
-            waiting.sort(key=lambda cell: cell.flops)
+        waiting = longest_first(cells)[::-1]
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = Progress(cells, self.store, self.progress)
         try:
@@ -193,6 +191,12 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def longest_first(cells) -> list:
+    """By predicted time, or by FLOPs where the time of some cell is unknown: leaves the least idle time at the end."""
+    timed = all(cell.predicted_seconds is not None for cell in cells)
+    return sorted(cells, key=lambda cell: cell.predicted_seconds if timed else cell.flops, reverse=True)
 
 
 def run_fields(cell) -> dict:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from efficient_lm.schema import ConfigError
-from sweeps.local import run_fields
+from sweeps.local import longest_first, run_fields
 from sweeps.store import ENDED, Store
 
 SAVE_SECONDS = 60
@@ -78,8 +78,7 @@ def launch(cells, store: Store, args) -> int:
         **({"gpus_per_node": args.gpus} if args.gpus else {}),
         **({"slurm_partition": args.partition} if args.partition else {}),
     )
-    cells = sorted(cells, key=lambda cell: cell.predicted_seconds or cell.flops, reverse=True)
-    jobs = [CellJob(_command(cell, store), str(store.path), cell.run_id, run_fields(cell)) for cell in cells]
+    jobs = [CellJob(_command(c, store), str(store.path), c.run_id, run_fields(c)) for c in longest_first(cells)]
     try:
         with executor.batch():
             submitted = [executor.submit(job) for job in jobs]

@@ -80,7 +80,8 @@ class Store:
             return None
         if worker.get("host") != socket.gethostname():
             return None
-        return process_start(worker.get("pid", -1)) == worker.get("process_start")
+        started = process_start(worker.get("pid", -1))
+        return started is not None and started == worker.get("process_start")
 
     def _being_trained(self, run_id, run) -> bool:
         """For runs without a worker here: the trainer holds its lock, or lives on another host and still writes."""

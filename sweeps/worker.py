@@ -26,14 +26,13 @@ def main(argv=None) -> int:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     _end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
-    store, trainer = Store(store_path), None
+    store = Store(store_path)
     for line in iter(sys.stdin.readline, ""):
         job = json.loads(line)
         run_id = job["run_id"]
         store.claim(run_id)
         with _output_to(store.run_dir(run_id) / "log.txt"):
-            trainer = trainer or _import_trainer(trainer_name)
-            status = run_cell(store, job, trainer)
+            status = run_cell(store, job, trainer_name)
         store.release(run_id)
         print(json.dumps({"run_id": run_id, "status": status}), file=answers, flush=True)
         if status == "preempted":
@@ -41,12 +40,14 @@ def main(argv=None) -> int:
     return 0
 
 
-def run_cell(store: Store, job: dict, trainer) -> str:
+def run_cell(store: Store, job: dict, trainer_name: str) -> str:
     """Trains one cell and returns its final status; whatever goes wrong ends up in its run.json."""
     run_id = job["run_id"]
     try:
         from efficient_lm.config import from_dict
 
+        module, _, function = trainer_name.partition(":")
+        trainer = getattr(importlib.import_module(module), function)
         trainer(from_dict(job["config"]), str(store.run_dir(run_id)))
     except (Exception, SystemExit) as error:
         traceback.print_exc()
@@ -59,11 +60,6 @@ def run_cell(store: Store, job: dict, trainer) -> str:
         store.end(run_id, "failed", f"the trainer returned with status {status!r}", **job["fields"])
         return "failed"
     return status
-
-
-def _import_trainer(name):
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def _one_line(error) -> str:
