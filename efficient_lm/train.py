@@ -179,7 +179,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     state = load_state(cfg, run.path / "ckpt", like)
     if state is None:
-        state = jax.jit(init, out_shardings=shardings)(key)
+        state = jax.jit(init, out_shardings=shardings, compiler_options=hardware.compile_quickly(mesh))(key)
     start = int(state["step"])
 
     # The compiled functions.
