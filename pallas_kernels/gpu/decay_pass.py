@@ -1,8 +1,8 @@
 """Mosaic GPU kernels (Hopper) behind the scalar-decay family: the decayed causal pass and its two-output form.
 
 For one head, with x, y [T, K] and z [T, V] and in-chunk log2 decays c, the pass computes
-    o_i = scale * sum_{j <= i} 2^(c_i - c_j) (x_i . y_j) z_j          (plus the part of earlier chunks, through the state)
-    S  <- 2^total S + sum_j 2^(total - c_j) y_j z_j^T                 ([K, V], float32, once per chunk of 64 tokens)
+    o_i = scale * sum_{j <= i} 2^(c_i - c_j) (x_i . y_j) z_j     (and the part of earlier chunks, through the state)
+    S  <- 2^total S + sum_j 2^(total - c_j) y_j z_j^T            ([K, V], float32, once per chunk of 64 tokens)
 The forward of linear attention is pass(q, k, v); its gradients are the same pass with the roles changed:
 dq = pass(do, v, k), dv = reversed pass(k, q, do), dk = reversed pass(v, do, q), the last two over one shared state
 (`decay_pass_pair`).  All exponents are differences <= 0, so nothing overflows.
@@ -137,7 +137,7 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
       c, total: float32 [B, H, N, 64] and [B, H, N], in-chunk cumulative log2 decay and its total per chunk, or None.
       init: float32 [B, H, P, K, V] state entering each of the P pieces, or None for zero.
       u: [B, T, H, V] or None; with it the row sums of o * u are returned as well, in float32.
-      emit: "output" also writes the state leaving each piece; "state" computes nothing else, and leaves out the last piece.
+      emit: "output" also writes the state leaving each piece; "state" writes nothing else, and skips the last piece.
       save_every: also write the state after every so many chunks, in the dtype of z (0 = never).
     Returns: dict with o [B, T, H, V], r [B, H, V/64, T] (partial row sums), state [B, H, P or P-1, K, V],
       saved [B, H, N // save_every, K, V].
@@ -253,9 +253,10 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
 def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, save_every=0, stages=2, interpret=None):
     """Gradients of keys and values in one walk from the end of the sequence, with R = sum of decayed q do^T as state.
 
-    dv_j = scale * sum_{i >= j} 2^(c_j - c_i) (k_j . q_i) do_i,   dk_j = scale * sum_{i >= j} 2^(c_j - c_i) (v_j . do_i) q_i,
-    with c the *exclusive* in-chunk log2 decay counted from the chunk's end. One compute warpgroup makes dv, the other dk,
-    and each owns one block of 64 rows of R (the first owns all of it when K is 64); bf16 R is shared through SMEM.
+    dv_j = scale * sum_{i >= j} 2^(c_j - c_i) (k_j . q_i) do_i
+    dk_j = scale * sum_{i >= j} 2^(c_j - c_i) (v_j . do_i) q_i
+    with c the *exclusive* in-chunk log2 decay counted from the chunk's end. One compute warpgroup makes dv, the other
+    dk, and each owns one block of 64 rows of R (the first owns all of it when K is 64); bf16 R is shared through SMEM.
 
     Args: as `decay_pass`; init float32 [B, H, P, K, V] is R entering each piece from its end; saved are the states S
       that the forward pass saved, or None.

@@ -3,9 +3,9 @@
 Serves linear attention (2006.16236), RetNet (2307.08621), Lightning Attention (2401.04658), Mamba-2 (2405.21060) and
 sigmoid-gated mLSTM. States are float32 and stay on chip; residuals are the inputs and one state per piece of T.
 
-With S_t = e^(g_t) S_{t-1} + k_t v_t^T and o_t = scale S_t^T q_t, the gradient of the gates needs no product of its own:
-dg_t = sum_{t <= i <= n} (q_i . dq_i - k_i . dk_i) + <S_n, dS_n> for any n >= t. The row sums are float32 and taken inside
-the kernels; n is the end of t's span of 512 tokens, because over a whole sequence the rounding of the sums adds up.
+With S_t = e^(g_t) S_{t-1} + k_t v_t^T and o_t = scale S_t^T q_t, the gradient of the gates needs no product of its
+own: dg_t = sum_{t <= i <= n} (q_i . dq_i - k_i . dk_i) + <S_n, dS_n> for any n >= t. The row sums are float32 and taken
+inside the kernels; n is the end of t's span of 512 tokens: over a whole sequence the rounding of the sums would add up.
 """
 import functools
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu.decay_pass import CHUNK, decay_pass, decay_pass_pair
+from pallas_kernels.steps import repeat_heads
 
 LOG2E = 1.4426950408889634
 FORGET = -160.0  # log2 decay that empties a float32 state; a finite stand-in for -inf, so that differences stay exact
@@ -22,13 +23,14 @@ MIN_PIECE_CHUNKS = 8
 SAVE_EVERY = 8  # chunks between the states saved for the gradient of the gates
 
 
-def supports(q, k, v, log_decay=None, *, initial_state=None, segment_ids=None):
-    """None where `linear_attention` takes these arrays, else the reason as one line. Checks shapes and dtypes only."""
-    del initial_state, segment_ids
+def supports(q, k, v, log_decay=None, *, chunk_size=None, **_):
+    """None where `linear_attention` takes these arrays, else why not, in one line. Looks at shapes and dtypes only."""
+    if chunk_size not in (None, CHUNK):
+        return f"chunk_size must be {CHUNK} or None, got {chunk_size}"
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
         return f"q, k, v must be bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}"
-    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
-        return f"q, k, v must agree in [B, T, H], got {q.shape}, {k.shape}, {v.shape}"
+    if q.shape[1] == 0:
+        return "T must be at least 1"
     for name, size in (("key", q.shape[-1]), ("value", v.shape[-1])):
         if size not in (64, 128):
             return f"{name} head size must be 64 or 128, got {size}"
@@ -41,7 +43,7 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
     """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, differentiable in every array.
 
     Args:
-      q, k: [B, T, H, K]; v: [B, T, H, V]; bf16, K and V in {64, 128}, any T.
+      q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K and V in {64, 128}, any T.
       log_decay: None, [H] or [B, T, H], natural log, <= 0.
       initial_state: float32 [B, H, K, V] or None for zero.
       segment_ids: int [B, T] or None; the state is emptied where the id changes.
@@ -50,7 +52,8 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
     """
     if reason := supports(q, k, v, log_decay):
         raise ValueError(f"pallas_gpu linear_attention: {reason}")
-    b_size, t_size, heads, _ = q.shape
+    b_size, t_size, heads, _ = v.shape
+    q, k = repeat_heads(q, heads), repeat_heads(k, heads)
     decay = None
     if log_decay is not None or segment_ids is not None:
         decay = jnp.zeros((heads,), jnp.float32) if log_decay is None else log_decay.astype(jnp.float32)
@@ -108,10 +111,10 @@ def _piece_states(local, total, init, pieces, reverse):
         piece = piece.reshape(b_size, heads, pieces, per_piece).sum(-1)
         piece = piece[..., ::-1] if reverse else piece
         # row p: the state entering p from source r (0 = init, r = piece r-1) has passed pieces r .. p-1
-        later = jnp.arange(pieces)[:, None, None] > jnp.arange(pieces)
-        later &= jnp.arange(pieces) >= jnp.arange(pieces)[:, None]
-        passed = jnp.sum(jnp.where(later, piece[:, :, None, None, :], 0.0), axis=-1)
-        weights = jnp.where(jnp.tri(pieces, dtype=bool), jnp.exp2(passed), 0.0)
+        p, r, between = jnp.indices((pieces, pieces, pieces))
+        inside = ((r <= between) & (between < p)).astype(jnp.float32)
+        passed = jnp.einsum("bhm,prm->bhpr", piece, inside, precision="highest")
+        weights = jnp.exp2(passed) * jnp.tri(pieces, dtype=jnp.float32)[None, None]
     sources = jnp.concatenate([entering, local], axis=2)
     states = jnp.einsum("bhpr,bhrkv->bhpkv", weights, sources, precision="highest")
     return states[:, :, ::-1] if reverse else states

@@ -1,0 +1,184 @@
+"""Checks and times the GPU kernels on the machine's GPU, beside XLA's chunked form and, if given, the peers' timings.
+
+  python -m pallas_kernels.gpu.bench_gpu --out analysis/results/kernels/h100.json [--peers fla_bench.json]
+
+Every row is one operator at one shape, forward and forward + backward (all gradients, gates included), bf16, fresh random
+inputs. `ms`: calls with the L2 cache flushed before each, launches included (time of flush + call less time of flush).
+`kernel_ms`: the same call repeated inside one jitted loop, L2 warm, no host in between. `floor_ms`: the larger of FLOPs
+over the measured matmul rate and compulsory bytes over the measured copy rate. Medians. `--peers` takes the JSON of a
+benchmark run on the same GPU whose rows have op, shape, mode, ms and graph_ms.
+"""
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import reference
+from pallas_kernels.gpu import linear_attention as gpu_linear
+from pallas_kernels.xla import linear_attention as xla_linear
+
+SHAPES = [(8, 2048, 16, 128), (4, 4096, 16, 128), (1, 16384, 16, 128), (8, 2048, 32, 64)]
+CHUNK = 64
+
+
+def linear_inputs(decay):
+    def make(key, b, t, h, d):
+        keys = jax.random.split(key, 4)
+        q, k, v = (jax.random.normal(key, (b, t, h, d), jnp.bfloat16) for key in keys[:3])
+        if decay == "none":
+            return q, k, v
+        gates = jax.random.normal(keys[3], {"head": (h,), "token": (b, t, h)}[decay])
+        return q, k, v, -jnp.exp(gates - 3.0)
+    return make
+
+
+# name: (inputs, ours, XLA, reference, peer's name, floor's terms)
+OPS = {f"linear_attention/{decay}": (linear_inputs(decay), gpu_linear.linear_attention, xla_linear.linear_attention,
+                                     reference.linear_attention, peer, "linear")
+       for decay, peer in (("none", None), ("head", "lightning"), ("token", "simple_gla"))}
+
+
+def flops_and_bytes(family, backward, b, t, h, d):
+    """Model FLOPs of the chunked algorithm (chunk 64) and compulsory bytes, forward or forward + backward."""
+    del family
+    tokens, gates = b * t * h, 4
+    flops, size = 4 * CHUNK * d + 4 * d * d, 8 * d + gates
+    if backward:
+        flops, size = flops + 10 * CHUNK * d + 10 * d * d, size + 14 * d + 2 * gates
+    return tokens * flops, tokens * size
+
+
+def seconds(run, repeats):
+    """Median over 5 of the time of `repeats` queued calls, per call."""
+    run(1)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run(repeats)
+        times.append((time.perf_counter() - start) / repeats)
+    return statistics.median(times)
+
+
+def time_flushed(f, args, buffer, repeats=30):
+    flush = jax.jit(lambda x: x + 1)
+
+    def both(n):
+        for _ in range(n):
+            scratch, out = flush(buffer), f(*args)
+        jax.block_until_ready((scratch, out))
+
+    def alone(n):
+        for _ in range(n):
+            scratch = flush(buffer)
+        jax.block_until_ready(scratch)
+
+    return (seconds(both, repeats) - seconds(alone, repeats)) * 1e3
+
+
+def time_kernel(f, args, repeats=30):
+    out = jax.eval_shape(f, *args)
+
+    @jax.jit
+    def loop(args, n):
+        def body(_, carry):
+            fresh, _ = lax.optimization_barrier((args, carry))  # the next call waits for the last one
+            return f(*fresh)
+        return lax.fori_loop(0, n, body, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out))
+
+    return seconds(lambda n: jax.block_until_ready(loop(args, n)), repeats) * 1e3
+
+
+def value_and_gradients(op, n, scale=0.1):
+    def both(do, *args):
+        o, vjp = jax.vjp(lambda *a: op(*a, scale=scale)[0], *args)
+        return o, vjp(do)
+    return both, (lambda *args: op(*args[:n], scale=scale)[0])
+
+
+def check(name, d):
+    """Relative error of o and each gradient against the float64 recurrence, at a size its history fits."""
+    make, ours, _, ref, *_ = OPS[name]
+    args = make(jax.random.key(7), 2, 2048, 2, d)
+    do = jax.random.normal(jax.random.key(8), args[2].shape, jnp.bfloat16)
+    got = jax.jit(value_and_gradients(ours, len(args))[0])(do, *args)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (do, *args)]
+        want = jax.jit(value_and_gradients(ref, len(args))[0])(*wide)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+    return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs]
+
+
+def ceilings():
+    """Measured bf16 matmul rate (FLOP/s) and copy rate (bytes/s, read and written)."""
+    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    matmul = 2 * 8192**3 / time_kernel(lambda a: (a @ a).astype(jnp.bfloat16), (a,), 10) * 1e3
+    x = jax.random.normal(jax.random.key(1), (2**29,), jnp.bfloat16)
+    copy = 4 * 2**29 / time_kernel(lambda x: x + 1, (x,), 10) * 1e3
+    return matmul, copy
+
+
+def bench(name, shape, *, rates, buffer, with_xla):
+    make, ours, xla, _, peer, family = OPS[name]
+    args = make(jax.random.key(0), *shape)
+    do = jax.random.normal(jax.random.key(1), args[2].shape, jnp.bfloat16)
+    rows = []
+    for implementation, op in (("pallas_gpu", ours), ("xla", xla))[: 1 + with_xla]:
+        both, forward = value_and_gradients(op, len(args))
+        for mode, f, inputs in (("fwd", forward, args), ("fwdbwd", both, (do, *args))):
+            flops, size = flops_and_bytes(family, mode == "fwdbwd", *shape)
+            floor = max(flops / rates[0], size / rates[1]) * 1e3
+            start = time.perf_counter()
+            jitted = jax.jit(f)
+            jax.block_until_ready(jitted(*inputs))
+            first = time.perf_counter() - start
+            ms, kernel_ms = time_flushed(jitted, inputs, buffer), time_kernel(f, inputs)
+            row = dict(op=name, implementation=implementation, shape=shape, mode=mode, ms=ms, kernel_ms=kernel_ms,
+                       floor_ms=floor, of_floor=floor / kernel_ms, tflops=flops / kernel_ms / 1e9,
+                       gbs=size / kernel_ms / 1e6, first_call_s=first, peer=peer)
+            rows.append(row)
+            print(f"{name:24s} {implementation:10s} {str(shape):22s} {mode:6s} {ms:8.3f} {kernel_ms:8.3f} ms "
+                  f"({100 * row['of_floor']:.0f}% of floor, first call {first:.1f} s)", flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--ops", default=",".join(OPS), help="comma list")
+    parser.add_argument("--shapes", default="0,1,2,3", help="comma list of indices into SHAPES")
+    parser.add_argument("--peers", default="", help="JSON of a peer benchmark run on this GPU")
+    parser.add_argument("--no-xla", action="store_true")
+    parser.add_argument("--no-check", action="store_true")
+    args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.exit(2, "bench_gpu needs a GPU\n")
+    rates = ceilings()
+    buffer = jnp.zeros(2**26, jnp.float32)
+    doc = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, matmul_tflops=rates[0] / 1e12,
+               copy_gbs=rates[1] / 1e9, rows=[], checks={}, peers=[])
+    print(f"{doc['device']}: matmul {doc['matmul_tflops']:.0f} TFLOP/s, copy {doc['copy_gbs']:.0f} GB/s")
+    if args.peers:
+        with open(args.peers) as f:
+            kept = ("op", "shape", "mode", "ms", "graph_ms")
+            doc["peers"] = [{k: row[k] for k in kept if k in row} for row in json.load(f)["rows"] if "ms" in row]
+    for name in args.ops.split(","):
+        for d in () if args.no_check else (64, 128):
+            doc["checks"][f"{name} D{d}"] = check(name, d)
+            print(f"{name} D{d} relative errors", " ".join(f"{e:.4f}" for e in doc["checks"][f"{name} D{d}"]), flush=True)
+        for i in args.shapes.split(","):
+            try:
+                doc["rows"] += bench(name, SHAPES[int(i)], rates=rates, buffer=buffer, with_xla=not args.no_xla)
+            except jax.errors.JaxRuntimeError as error:
+                print(f"{name} {SHAPES[int(i)]}: {str(error)[:300]}")
+        with open(args.out, "w") as f:
+            json.dump(doc, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
