@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from efficient_lm.config import from_dict
+from efficient_lm import sharding
+from efficient_lm.config import MeshConfig, from_dict
 from efficient_lm.counting import traced_matmul_flops
 from efficient_lm.layers import Context, Maker
 from efficient_lm.mixers import MIXERS
@@ -153,6 +154,30 @@ def test_parameters_flops_and_state_as_declared(name):
     traced = traced_matmul_flops(c.apply, c.params, inputs(8, (1, T, D))) / T
     assert flops.hardware == pytest.approx(traced, rel=1e-6)
     assert flops.causal <= flops.full
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_sharded_equals_one_device(name):
+    """Loss and gradients of a model over data, fsdp and tensor axes are those of a single device."""
+    # A large eps: the norm of an output that happens to be near 0 (q.k of a first token) would amplify rounding.
+    lm = LM(dataclasses.replace(case(name).model, norm_eps=1e-2))
+    params = lm.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (4, T), 0, 16)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), 4, jax.devices()[:8])
+    assert mesh.size == 8
+
+    def loss(params, tokens, constrain):
+        return jnp.mean(jnp.sin(lm(params, tokens, constrain=constrain)[0]))
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, sharding.place(params, mesh))
+    grad = jax.value_and_grad(functools.partial(loss, constrain=sharding.residual_constraint(mesh)))
+    spread = jax.jit(grad, out_shardings=(sharding.replicated(mesh), places))
+    got = spread(jax.device_put(params, places), jax.device_put(tokens, sharding.batch_sharding(mesh)))
+    want = jax.jit(jax.value_and_grad(functools.partial(loss, constrain=lambda x: x)))(params, tokens)
+    split = [leaf for leaf in jax.tree.leaves(got[1]) if not leaf.is_fully_replicated]
+    assert len(split) >= 4
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative(a, b) < 2e-5
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -1,0 +1,127 @@
+"""Every registered FFN, activation, norm and residual topology: declared sizes, exact values, no mixing of tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_lm.blocks import RESIDUALS
+from efficient_lm.config import from_dict
+from efficient_lm.counting import count_params, forward_flops, traced_matmul_flops
+from efficient_lm.ffn import ACTIVATIONS, FFNS
+from efficient_lm.layers import Maker
+from efficient_lm.model import LM, Part
+from efficient_lm.norms import NORMS
+
+D = 16
+MODEL = from_dict({"model": {"d_model": D}}).model
+FFN_CASES = {name: (name, {}) for name in FFNS if FFNS[name].present} | {
+    f"dense-{act}-{'glu' if glu else 'mlp'}": ("dense", {"activation": act, "glu": glu})
+    for act in ACTIVATIONS
+    for glu in (True, False)
+}
+
+
+def part_of(create):
+    part = Part(lambda key, layer=0: create(Maker(key, MODEL, layer)), 0)
+    return part, part.init(jax.random.key(0), 0)
+
+
+def x_of(seed, shape=(2, 5, D), scale=1.0):
+    return scale * jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("name", FFN_CASES)
+def test_ffn_declares_what_it_has_and_works_on_each_token_alone(name):
+    kind, settings = FFN_CASES[name]
+    model = from_dict({"model": {"d_model": D, "ffns": {"dense": {"kind": kind, **settings}}}}).model
+    cfg, cls = model.ffns["dense"], FFNS[kind]
+    part, params = part_of(lambda make: cls(cfg, model, make))
+    assert cls.param_count(cfg, model) == sum(p.size for p in jax.tree.leaves(params))
+    assert cls.active_param_count(cfg, model) <= cls.param_count(cfg, model)
+
+    def apply(params, x):
+        return part.bind(params)(x, None)[0]
+
+    x = x_of(1)
+    traced = traced_matmul_flops(apply, params, x[:1]) / x.shape[1]
+    assert cls.flops_per_token(cfg, model).hardware == pytest.approx(traced)
+    y, changed = apply(params, x), apply(params, x.at[:, 2].add(1.0))
+    keep = jnp.array([0, 1, 3, 4])
+    np.testing.assert_array_equal(y[:, keep], changed[:, keep])
+    assert not np.array_equal(y[:, 2], changed[:, 2])
+    assert jax.eval_shape(apply, params, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_values_and_parameters(name):
+    part, params = part_of(ACTIVATIONS[name])
+    assert ACTIVATIONS[name].params == sum(p.size for p in jax.tree.leaves(params))
+    x = np.asarray(x_of(2, scale=3.0), np.float64)
+    relu = np.maximum(x, 0)
+
+    def rms(p):
+        return p / np.sqrt(np.mean(p**2, -1, keepdims=True))
+
+    expected = {
+        "identity": x,
+        "relu": relu,
+        "relu2": relu**2,
+        "gelu": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        "silu": x / (1 + np.exp(-x)),
+        "polyrelu": (relu + relu**2 + relu**3) / 3,
+        "polynorm": (rms(x) + rms(x**2) + rms(x**3)) / 3,
+    }
+    if name in expected:
+        np.testing.assert_allclose(
+            part.bind(params)(jnp.asarray(x, jnp.float32)), expected[name], rtol=2e-5, atol=2e-6
+        )
+    big = part.bind(params)(jnp.full((1, D), 300.0, jnp.bfloat16))
+    assert bool(jnp.all(jnp.isfinite(big)))
+
+
+def test_polycom_special_cases():
+    """PolyNorm ignores the scale of its input; with a = (1, 0, 0) PolyReLU is ReLU and PolyNorm is RMSNorm."""
+    x = x_of(3)
+    only_first = {"a": jnp.array([1.0, 0, 0]), "a0": jnp.array(0.0)}
+    polynorm, params = part_of(ACTIVATIONS["polynorm"])
+    scaled, plain = polynorm.bind(params)(7.0 * x), polynorm.bind(params)(x)
+    np.testing.assert_allclose(scaled, plain, rtol=1e-3, atol=1e-4)
+    norm, norm_params = part_of(lambda make: NORMS["rmsnorm"](make, D))
+    np.testing.assert_allclose(polynorm.bind(only_first)(x), norm.bind(norm_params)(x), rtol=1e-5)
+    polyrelu, _ = part_of(ACTIVATIONS["polyrelu"])
+    np.testing.assert_array_equal(polyrelu.bind(only_first)(x), jax.nn.relu(x))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", NORMS)
+def test_norm(name):
+    part, params = part_of(lambda make: NORMS[name](make, D))
+    assert NORMS[name].param_count(D) == sum(p.size for p in jax.tree.leaves(params))
+    norm, x = part.bind(params), x_of(4, scale=5.0) + 2.0
+    np.testing.assert_allclose(norm(x), norm(9.0 * x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jnp.mean(jnp.square(norm(x)), -1), 1.0, rtol=1e-4)
+    centred = np.allclose(jnp.mean(norm(x), -1), 0, atol=1e-5)
+    assert centred == (name == "layernorm")
+
+
+@pytest.mark.parametrize("tied", (False, True))
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_model_counts(residual, tied):
+    """The sums over modules are what the whole model stores and multiplies."""
+    config = from_dict({
+        "model": {"d_model": D, "n_layers": 5, "vocab_size": 24, "prefix": ["attention/none"],
+                  "pattern": ["gla", "attention"], "residual": residual, "norm": "layernorm", "tie_embeddings": tied,
+                  "ffns": {"dense": {"activation": "polynorm"}}, "dtype": "float32"},
+        "train": {"seq_len": 32},
+    })  # fmt: skip
+    lm, counts = LM(config.model), count_params(config)
+    shapes = lm.shapes()
+    assert counts["total"] == sum(p.size for p in jax.tree.leaves(shapes))
+    tables = sum(shapes[name]["table"].size for name in ("embed", "head") if name in shapes)
+    assert counts["non_embedding"] == counts["total"] - tables
+    assert jax.tree.structure(lm.roles()) == jax.tree.structure(shapes)
+    blocks, head = forward_flops(config)
+    traced = traced_matmul_flops(lm, shapes, jax.ShapeDtypeStruct((1, 32), jnp.int32)) / 32
+    assert (blocks + head).hardware == pytest.approx(traced)
