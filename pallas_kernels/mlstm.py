@@ -46,12 +46,10 @@ def mlstm(linear_attention, q, k, v, input_gate, forget_gate, *, scale, input_ac
     if initial_state is not None:  # the scaled state does depend on the m that it comes with
         m = m.at[:, 0].set(m0.astype(acc))
     log_decay = log_forget + (m[:, :-1] - m[:, 1:])
-    log_decay = jnp.where(log_decay > 0, 0, log_decay)  # rounding; jnp.minimum would halve gradients at 0
-    k = (k.astype(acc) * jnp.exp(gate - m[:, 1:])[..., None]).astype(k.dtype)
-    ones = jnp.ones(v.shape[:3] + (1,), v.dtype)
-    v_one = jnp.concatenate([v, ones], -1)
-    o, state = linear_attention(q, k, v_one, log_decay, scale=scale, initial_state=state, **options)
-    o = o.astype(acc)
+    # float32 throughout: the normaliser n . q may be small beside its terms, where bfloat16 keys would not do.
+    k = k.astype(acc) * jnp.exp(gate - m[:, 1:])[..., None]
+    v_one = jnp.concatenate([v.astype(acc), jnp.ones(v.shape[:3] + (1,), acc)], -1)
+    o, state = linear_attention(q.astype(acc), k, v_one, log_decay, scale=scale, initial_state=state, **options)
     normaliser = jnp.maximum(jnp.abs(o[..., -1:]), jnp.exp(jnp.minimum(-m[:, 1:], 80.0))[..., None])
     o = (o[..., :-1] / normaliser).astype(v.dtype)
     return o, (state[..., :-1], state[..., -1], m[:, -1]) if output_final_state else None

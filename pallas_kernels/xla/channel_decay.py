@@ -91,13 +91,9 @@ def _backward(static, residuals, cotangents):
     a, = pairs.scores([q], k, cumulative, mm)
     dv = einsum("bhnij,bhniv->bhnjv", same_segment(segs, a).astype(mm), do, preferred_element_type=acc)
     da = same_segment(segs, einsum("bhniv,bhnjv->bhnij", do, v_mm, preferred_element_type=acc))
-    ((dq, dq_diagonal),), dk, dk_diagonal = pairs.scores_vjp([da], [q], k, cumulative, mm)
-    reach = q * dq - k * dk
-    dq, dk = dq + dq_diagonal, dk + dk_diagonal
+    (dq,), dk, dlog_decay = pairs.scores_vjp([da], [q], k, cumulative, mm)
     dinitial = None
-    if states is None:
-        dlog_decay = prefix_sum(reach, -2, reverse=True)
-    else:
+    if states is not None:
         reads = einsum("bhnik,bhniv->nbhkv", (enter * q).astype(mm), do, preferred_element_type=acc)
         last = jnp.zeros(reads.shape[1:], acc) if dfinal is None else dfinal.astype(acc)
         dinitial, dstates = scan_states(carry, reads, last, reverse=True)
@@ -107,7 +103,8 @@ def _backward(static, residuals, cotangents):
         dv = dv + einsum("bhnjk,nbhkv->bhnjv", (leave * k).astype(mm), dstates_mm, preferred_element_type=acc)
         dq, dk = dq + dq_in, dk + dk_out
         kept = jnp.moveaxis((states * dstates).sum(-1) * carry[..., 0], 0, 2)[..., None, :]
-        dlog_decay = prefix_sum(reach + q * dq_in, -2, reverse=True) + prefix_sum(k * dk_out, -2, exclusive=True) + kept
+        dlog_decay = dlog_decay + prefix_sum(q * dq_in, -2, reverse=True) + prefix_sum(k * dk_out, -2, exclusive=True)
+        dlog_decay = dlog_decay + kept
     if segs is not None:
         dlog_decay = jnp.where(segs.start[..., None], 0, dlog_decay)
     dinitial = None if initial_state is None else dinitial

@@ -2,6 +2,8 @@
 
 Tensors are [B, H, N, C, K]; log decays [B, H, N, C, 1] (one per head and token), [B, H, N, C, K] (per channel) or None.
 """
+import functools
+
 import jax.numpy as jnp
 
 from pallas_kernels.xla import pairs
@@ -17,6 +19,7 @@ class ChunkDecay:
 
     def __init__(self, log_decay, segs, chunk, dtype):
         self.chunk, self.segs, self.dtype = chunk, segs, dtype
+        self.decays = log_decay is not None
         self.per_channel = log_decay is not None and log_decay.shape[-1] > 1
         one = jnp.ones((1, 1, 1, 1, 1), dtype)
         if log_decay is None:
@@ -57,38 +60,38 @@ class ChunkDecay:
                 for x in rows]
 
     def scores_vjp(self, cotangents, rows, y, dtype):
-        """As `pairs.scores_vjp`: ([(strict, diagonal) of dx], strict dy, diagonal dy)."""
+        """As `pairs.scores_vjp`: (list of dx, dy, gradient of the log decays [..., C, 1 or K])."""
         if self.segs is not None:
             cotangents = [jnp.where(self.segs.same, ct, 0) for ct in cotangents]
         if self.per_channel:
             return pairs.scores_vjp(cotangents, rows, y, self._cumulative, dtype)
-        strict = jnp.tril(jnp.ones((self.chunk, self.chunk), bool), -1)
-        diagonals = [jnp.diagonal(ct, axis1=-2, axis2=-1)[..., None] for ct in cotangents]
-        cotangents = [jnp.where(strict, ct * self._weights, 0).astype(dtype) for ct in cotangents]
-        drows = [(einsum("...ij,...jk->...ik", ct, y.astype(dtype), preferred_element_type=self.dtype), d * y)
-                 for ct, d in zip(cotangents, diagonals, strict=True)]
-        dy = sum(einsum("...ij,...ik->...jk", ct, x.astype(dtype), preferred_element_type=self.dtype)
-                 for ct, x in zip(cotangents, rows, strict=True))
-        return drows, dy, sum(d * x for d, x in zip(diagonals, rows, strict=True))
+        product = functools.partial(einsum, preferred_element_type=self.dtype)
+        cotangents = [(ct * self._weights).astype(dtype) for ct in cotangents]
+        rows, y = [x.astype(dtype) for x in rows], y.astype(dtype)
+        drows = [product("...ij,...jk->...ik", ct, y) for ct in cotangents]
+        dy = sum(product("...ij,...ik->...jk", ct, x) for ct, x in zip(cotangents, rows, strict=True))
+        if not self.decays:
+            return drows, dy, None
+        # Pair (i, j) depends on the log decays after j up to i: a sum over j < t, then over i >= t.
+        terms = sum(ct.astype(self.dtype) * product("...ik,...jk->...ij", x, y)
+                    for ct, x in zip(cotangents, rows, strict=True))
+        return drows, dy, masked_lower(prefix_sum(masked_strict(terms), exclusive=True)).sum(-2)[..., None]
 
-    def gradient(self, log_decay, reach, behind, kept):
-        """Gradient of log_decay.
+    def gradient(self, grad, reads=None, writes=None, kept=None):
+        """Adds to the gradient of the log decays from pair scores what comes through the states.
 
         Args:
-          reach: [B, H, N, C, K], gradient of b_i: what token i reads minus what it writes, diagonal left out.
-          behind: [B, H, N, C, K], the share of token i in the leaving state, or None without states.
-          kept: [N, B, H, K], the share of the entering state in it.
+          grad: [B, H, N, C, 1 or K], from `scores_vjp`.
+          reads: [B, H, N, C, K], the share of the entering state in what token i reads, or None without states.
+          writes: [B, H, N, C, K], the share of token i in the leaving state.
+          kept: [N, B, H, K], the share of the entering state in the leaving one.
         """
-        if not self.per_channel:
-            reach = reach.sum(-1, keepdims=True)
-        grad = prefix_sum(reach, -2, reverse=True)
-        if behind is not None:
+        if reads is not None:
             if not self.per_channel:
-                behind, kept = behind.sum(-1, keepdims=True), kept.sum(-1, keepdims=True)
-            grad = grad + prefix_sum(behind, -2, exclusive=True) + jnp.moveaxis(kept, 0, 2)[..., None, :]
-        if self.segs is not None:
-            grad = jnp.where(self.segs.start[..., None], 0, grad)
-        return grad.astype(log_decay.dtype)
+                reads, writes, kept = (x.sum(-1, keepdims=True) for x in (reads, writes, kept))
+            grad = grad + prefix_sum(reads, -2, reverse=True) + prefix_sum(writes, -2, exclusive=True)
+            grad = grad + jnp.moveaxis(kept, 0, 2)[..., None, :]
+        return grad if self.segs is None else jnp.where(self.segs.start[..., None], 0, grad)
 
 
 def unit_lower_inverse(strict):

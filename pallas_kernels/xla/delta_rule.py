@@ -121,20 +121,19 @@ def _backward(static, residuals, cotangents):
     doverlap = -masked_strict(product("bhniv,bhnjv->bhnij", dr_mm, u_mm))
     dattention = masked_lower(product("bhniv,bhnjv->bhnij", do, u_mm))
     dbeta = (dr * error).sum(-1, keepdims=True) + (doverlap * overlap).sum(-1, keepdims=True)
-    ((dq, dq_diagonal), (derase, _)), dwrite, dwrite_diagonal = decay.scores_vjp(
-        [dattention, beta * doverlap], [q, k], k, mm)
-    dleave = behind = kept = None
+    (dq, derase), dwrite, dlog_decay = decay.scores_vjp([dattention, beta * doverlap], [q, k], k, mm)
+    dk = derase + dwrite
+    through_states = ()
     if states is not None:
-        dq = dq + decay.enter * product("bhniv,nbhkv->bhnik", do, states_mm)
-        derase = derase - beta * decay.enter * product("bhniv,nbhkv->bhnik", dr_mm, states_mm)
-        dleave = decay.leave * product("bhniv,nbhkv->bhnik", u_mm, dstates.astype(mm))
-    dlog_decay = None
+        dq_in = decay.enter * product("bhniv,nbhkv->bhnik", do, states_mm)
+        dk_in = -beta * decay.enter * product("bhniv,nbhkv->bhnik", dr_mm, states_mm)
+        dk_out = decay.leave * product("bhniv,nbhkv->bhnik", u_mm, dstates.astype(mm))
+        dq, dk = dq + dq_in, dk + dk_in + dk_out
+        kept = (states * dstates).sum(-1) * decay.carry[..., 0]
+        through_states = (q * dq_in + k * dk_in, k * dk_out, kept)
     if log_decay is not None:
-        if states is not None:
-            behind, kept = k * dleave, (states * dstates).sum(-1) * decay.carry[..., 0]
-        dlog_decay = decay.gradient(log_decay, q * dq + k * (derase - dwrite), behind, kept)
-    dk = derase + dwrite + dwrite_diagonal + (0 if dleave is None else dleave)
-    return ((dq + dq_diagonal).astype(q.dtype), dk.astype(k.dtype), (beta * dr).astype(v.dtype), dbeta, dlog_decay,
+        dlog_decay = decay.gradient(dlog_decay, *through_states)
+    return (dq.astype(q.dtype), dk.astype(k.dtype), (beta * dr).astype(v.dtype), dbeta, dlog_decay,
             None if initial_state is None else dinitial, None)
 
 

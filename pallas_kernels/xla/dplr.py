@@ -120,19 +120,17 @@ def _backward(static, residuals, cotangents):
     dqk, dqb = (masked_lower(product("bhniv,bhnjv->bhnij", do, x)) for x in (v_mm, u))
     dak, dab = (shift_earlier(_same(segs, masked_strict(product("bhniv,bhnjv->bhnij", dr, x)))) for x in (v_mm, u))
     earlier = shift_earlier(a)
-    ((dq1, dq1_diagonal), (da1, da1_diagonal)), dk, dk_diagonal = decay.scores_vjp([dqk, dak], [q, earlier], k, mm)
-    ((dq2, dq2_diagonal), (da2, da2_diagonal)), db, db_diagonal = decay.scores_vjp([dqb, dab], [q, earlier], b, mm)
-    da_moved = da1 + da2
-    dq = dq1 + dq2 + decay.enter * product("bhniv,nbhkv->bhnik", do, states_mm)
+    (dq1, da1), dk, dlog1 = decay.scores_vjp([dqk, dak], [q, earlier], k, mm)
+    (dq2, da2), db, dlog2 = decay.scores_vjp([dqb, dab], [q, earlier], b, mm)
+    dq_in = decay.enter * product("bhniv,nbhkv->bhnik", do, states_mm)
     da_in = decay.before * product("bhniv,nbhkv->bhnik", dr, states_mm)
     dk_out = decay.leave * product("bhniv,nbhkv->bhnik", v_mm, dstates_mm)
     db_out = decay.leave * product("bhniv,nbhkv->bhnik", u, dstates_mm)
-    reach = q * dq + earlier * da_moved + shift_earlier(a * da_in) - k * dk - b * db
     kept = (states * dstates).sum(-1) * decay.carry[..., 0]
-    dlog_decay = decay.gradient(log_decay, reach, k * dk_out + b * db_out, kept)
-    da = shift_later(da_moved + da1_diagonal + da2_diagonal) + da_in
-    return ((dq + dq1_diagonal + dq2_diagonal).astype(q.dtype), (dk + dk_diagonal + dk_out).astype(k.dtype),
-            dv.astype(v.dtype), da.astype(a.dtype), (db + db_diagonal + db_out).astype(b.dtype), dlog_decay,
+    reads, writes = q * dq_in + shift_earlier(a * da_in), k * dk_out + b * db_out
+    dlog_decay = decay.gradient(dlog1 + dlog2, reads, writes, kept)
+    return ((dq1 + dq2 + dq_in).astype(q.dtype), (dk + dk_out).astype(k.dtype), dv.astype(v.dtype),
+            (shift_later(da1 + da2) + da_in).astype(a.dtype), (db + db_out).astype(b.dtype), dlog_decay,
             None if initial_state is None else dinitial, None)
 
 

@@ -8,13 +8,19 @@ full square, and is exact for any decay. The anchor precedes every row, so no ro
 """
 import jax.numpy as jnp
 
-from pallas_kernels.xla.common import einsum
+from pallas_kernels.xla.common import einsum, prefix_sum
 
 
 def _halves(x, size):
     """[..., C, D] -> left, right halves [..., M, size, D] of the M = C / (2 size) blocks."""
     x = x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
     return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _join(left, right):
+    """Undoes `_halves`."""
+    x = jnp.stack([left, right], -3)
+    return x.reshape(*x.shape[:-4], -1, x.shape[-1])
 
 
 def _level(cumulative, size):
@@ -63,29 +69,32 @@ def scores(rows, y, cumulative, dtype):
 
 
 def scores_vjp(cotangents, rows, y, cumulative, dtype):
-    """Gradients of `scores`: (list of (strict, diagonal) parts of dx, strict and diagonal parts of dy).
+    """Gradients of `scores`: (list of dx, dy, gradient of the log decays). Cotangents above the diagonal are ignored.
 
-    The parts are apart because the diagonal does not depend on the decay: with the strict parts alone,
-    db = sum_x x * dx - y * dy, free of the cancellation of the two diagonal terms. Cotangents above the diagonal are
-    ignored.
+    Row i of a level depends on the log decays after the anchor up to i, column j on those after j up to the anchor:
+    both gradients are sums without cancellation, where sum_x x dx - y dy over the whole chunk would lose small ones.
     """
     acc, chunk = cumulative[0].dtype, y.shape[-2]
     y, rows = y.astype(acc), [x.astype(acc) for x in rows]
     squares = [ct.astype(acc)[..., None, :, :] for ct in cotangents]
-    dy, drows = jnp.zeros_like(y), [jnp.zeros_like(x) for x in rows]
+    dy, drows, dlog = jnp.zeros_like(y), [jnp.zeros_like(x) for x in rows], jnp.zeros_like(y)
     for size in _sizes(chunk):
         right, left = _level(cumulative, size)
-        columns = (_halves(y, size)[0] * left).astype(dtype)
-        dcolumns = 0
+        columns = _halves(y, size)[0] * left
+        dcolumns = reach = 0
         for r, x in enumerate(rows):
             squares[r], block = split(squares[r])
             block = block.astype(dtype)
-            x = (_halves(x, size)[1] * right).astype(dtype)
-            dx = right * einsum("...ij,...jk->...ik", block, columns, preferred_element_type=acc)
-            drows[r] = drows[r] + jnp.stack([jnp.zeros_like(dx), dx], -3).reshape(y.shape)
-            dcolumns = dcolumns + einsum("...ij,...ik->...jk", block, x, preferred_element_type=acc)
-        dcolumns = left * dcolumns
-        dy = dy + jnp.stack([dcolumns, jnp.zeros_like(dcolumns)], -3).reshape(y.shape)
+            x = _halves(x, size)[1] * right
+            dx = einsum("...ij,...jk->...ik", block, columns.astype(dtype), preferred_element_type=acc)
+            drows[r] = drows[r] + _join(jnp.zeros_like(dx), right * dx)
+            reach = reach + x * dx
+            dcolumns = dcolumns + einsum("...ij,...ik->...jk", block, x.astype(dtype), preferred_element_type=acc)
+        dy = dy + _join(left * dcolumns, jnp.zeros_like(dcolumns))
+        if size > 1:
+            dlog = dlog + _join(prefix_sum(columns * dcolumns, -2, exclusive=True), prefix_sum(reach, -2, reverse=True))
+        else:
+            dlog = dlog + _join(jnp.zeros_like(reach), reach)
     diagonals = [square[..., 0] for square in squares]  # [..., C, 1]
-    ddiagonal = sum(d * x for d, x in zip(diagonals, rows, strict=True))
-    return [(dx, d * y) for dx, d in zip(drows, diagonals, strict=True)], dy, ddiagonal
+    drows = [dx + d * y for dx, d in zip(drows, diagonals, strict=True)]
+    return drows, dy + sum(d * x for d, x in zip(diagonals, rows, strict=True)), dlog

@@ -1,0 +1,78 @@
+"""Every family and implementation against the float64 token loop: outputs, final states and all gradients."""
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.kernels.cases import FAMILIES, IMPLEMENTATIONS, MODES, Shape, cast, relative_error, segment_ids
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+CHUNK = 16
+
+
+def available(implementation):
+    if implementation == "pallas_gpu" and jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+
+
+def outputs(family, arrays, ids, cotangent, implementation, **options):
+    """(o, final state, gradients by name). Scaled mLSTM states are compared after undoing the scale."""
+    def loss(arrays):
+        o, state = family.call(arrays, ids, implementation, **options)
+        if family.name == "mlstm" and state is not None:
+            state = (state[0] * jnp.exp(state[2])[..., None, None], state[1] * jnp.exp(state[2])[..., None])
+        total = (o * cotangent["o"]).real.sum()
+        for s, c in zip(jax.tree.leaves(state), cotangent["state"], strict=False):
+            total = total + (s * c).real.sum()
+        return total, (o, state)
+
+    grads, (o, state) = jax.grad(loss, has_aux=True)(arrays)
+    return {"o": o, "state": state, "grad": grads}
+
+
+@functools.cache
+def compiled(family, implementation, options):
+    return jax.jit(functools.partial(outputs, family, implementation=implementation, **dict(options)))
+
+
+def cotangents(rng, family, arrays, s):
+    o = rng.standard_normal((s.B, s.T, s.H * s.K) if "x" in arrays else (s.B, s.T, s.H, s.V))
+    return {"o": o, "state": [rng.standard_normal(x.shape) for x in jax.tree.leaves(arrays["initial_state"])[:2]]}
+
+
+def errors(result, expected):
+    """{name: relative error} of two `outputs`."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(expected)
+    got = jax.tree.leaves(result)
+    return {jax.tree_util.keystr(path): relative_error(x, y)
+            for (path, y), x in zip(paths, got, strict=True)}
+
+
+def reference(family, arrays, ids, cotangent):
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, compiled(family, "reference", ())(cast(arrays, jnp.float64), ids, cotangent))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_matches_float64_reference(family, implementation, dtype):
+    available(implementation)
+    s = Shape()
+    run = compiled(family, implementation, (("chunk_size", CHUNK),))
+    failures = {}
+    for mode in MODES:
+        rng = np.random.default_rng(zlib.crc32(f"{family.name} {mode}".encode()))
+        arrays = cast(family.make(rng, s, mode), jnp.dtype(dtype))
+        ids = segment_ids(rng, s, boundaries=mode != "keep")
+        cotangent = cotangents(rng, family, arrays, s)
+        expected = reference(family, jax.tree.map(lambda x: np.asarray(x.astype(
+            jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)), arrays), ids, cotangent)
+        cotangent = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), cotangent)
+        for name, error in errors(run(arrays, jnp.asarray(ids), cotangent), expected).items():
+            if error > TOLERANCE[dtype]:
+                failures[mode, name] = error
+    assert not failures
