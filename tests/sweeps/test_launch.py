@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -165,9 +166,10 @@ def test_stopping_the_launcher_leaves_a_store_that_resumes(make_sweep, tmp_path,
 
 def test_the_longest_cell_goes_first(make_sweep):
     cells = make_sweep("ok", "ok", "ok").cells
-    timed = [launch.plan.dataclasses.replace(c, predicted_seconds=t) for c, t in zip(cells, (1.0, 3.0, 2.0), strict=True)]
+    seconds = (1.0, 3.0, 2.0)
+    timed = [dataclasses.replace(c, predicted_seconds=s) for c, s in zip(cells, seconds, strict=True)]
     assert [c.predicted_seconds for c in local.longest_first(timed)] == [3.0, 2.0, 1.0]
-    longer = launch.plan.dataclasses.replace(cells[1], flops_per_token=1e12)
+    longer = dataclasses.replace(cells[1], flops_per_token=1e12)
     assert local.longest_first([cells[0], longer, timed[0]])[0] is longer
 
 
