@@ -2,8 +2,8 @@
 
   python -m pallas_kernels.gpu.bench_gpu --out analysis/results/kernels/h100.json [--peers fla_bench.json]
 
-Every row is one operator at one shape, forward and forward + backward (all gradients, gates included), bf16, fresh random
-inputs. `ms`: calls with the L2 cache flushed before each, launches included (time of flush + call less time of flush).
+Every row is one operator at one shape, forward and forward + backward (all gradients, gates included), bf16, fresh
+random inputs. `ms`: calls with the L2 cache flushed before each, launches included (time of flush + call less time of flush).
 `kernel_ms`: the same call repeated inside one jitted loop, L2 warm, no host in between. `floor_ms`: the larger of FLOPs
 over the measured matmul rate and compulsory bytes over the measured copy rate. Medians. `--peers` takes the JSON of a
 benchmark run on the same GPU whose rows have op, shape, mode, ms and graph_ms.
@@ -169,8 +169,8 @@ def main():
             doc["peers"] = [{k: row[k] for k in kept if k in row} for row in json.load(f)["rows"] if "ms" in row]
     for name in args.ops.split(","):
         for d in () if args.no_check else (64, 128):
-            doc["checks"][f"{name} D{d}"] = check(name, d)
-            print(f"{name} D{d} relative errors", " ".join(f"{e:.4f}" for e in doc["checks"][f"{name} D{d}"]), flush=True)
+            doc["checks"][f"{name} D{d}"] = errors = check(name, d)
+            print(f"{name} D{d} relative errors", " ".join(f"{e:.4f}" for e in errors), flush=True)
         for i in args.shapes.split(","):
             try:
                 doc["rows"] += bench(name, SHAPES[int(i)], rates=rates, buffer=buffer, with_xla=not args.no_xla)

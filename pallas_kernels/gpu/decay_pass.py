@@ -16,115 +16,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-CHUNK = 64
-BLOCK = 64  # rows or columns of the state that one warpgroup owns
-WGMMA = plgpu.Layout.WGMMA
-T_CONTRACT = (1, 0)  # transpose of a shared-memory tile, free for wgmma
-
-
-def _tile(shape, dtype):
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
-# The casts pin layouts that the compiler would otherwise search for, at worst for minutes.
-def _rows(vector, shape):
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [0]), WGMMA)
-
-
-def _columns(vector, shape):
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [1]), WGMMA)
-
-
-def _add_products(*terms, interpret):
-    """[acc + a @ b for (acc, a, b) in terms], all products in flight together."""
-    def onto(refs):
-        for ref, (_, a, b) in zip(refs, terms, strict=True):
-            plgpu.wgmma(ref, a, b)
-
-    def one(acc, a, b):
-        if isinstance(a, jax.Array):
-            return acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        return acc + _products((a, b))[0]
-
-    if interpret:  # the interpreter knows neither initialised accumulators nor operands in registers
-        return [one(*term) for term in terms]
-    return pl.run_state(onto)([plgpu.ACC.init(acc) for acc, _, _ in terms])
-
-
-def _products(*pairs):
-    """[a @ b for (a, b) in pairs] of shared-memory tiles, all in flight together."""
-    def fresh(*refs):
-        for ref, (a, b) in zip(refs, pairs, strict=True):
-            plgpu.wgmma(ref, a, b)
-        return [ref[...] for ref in refs]
-
-    return pl.run_scoped(fresh, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
-
-
-def _decayed_scores(a, c_row, c_ref, reverse):
-    """Scores [64, 64] of a chunk against itself: masked, and decayed where `c_ref` holds the chunk's log2 decays."""
-    row = plgpu.broadcasted_iota(jnp.int32, a.shape, 0, layout=WGMMA)
-    col = plgpu.broadcasted_iota(jnp.int32, a.shape, 1, layout=WGMMA)
-    keep = row <= col if reverse else row >= col
-    if c_ref is None:
-        return jnp.where(keep, a, 0.0)
-    gap = _rows(c_row, a.shape) - _columns(plgpu.load(c_ref, layout=WGMMA.reduce(0)), a.shape)
-    return a * jnp.exp2(jnp.where(keep, gap, -jnp.inf))  # mask the exponent: where it is dropped it may be large
-
-
-class _Walk:
-    """Chunks of one program: which ones, in which order, and the ring of stages they arrive in."""
-
-    def __init__(self, chunks, pieces, stages, reverse, piece):
-        self.stages, self.reverse = stages, reverse
-        per_piece = pl.cdiv(chunks, pieces)
-        self.first = piece * per_piece
-        self.steps = jnp.minimum(chunks - self.first, per_piece)
-
-    def chunk(self, i):
-        return self.first + (self.steps - 1 - i if self.reverse else i)
-
-    def slot(self, i):
-        return lax.rem(i, jnp.int32(self.stages))
-
-    def load(self, copies, full, empty):
-        """The loading warpgroup: `copies(chunk, slot)` lists (source, destination) pairs."""
-        plgpu.set_max_registers(40, action="decrease")
-
-        @pl.loop(0, self.steps)
-        def _(i):
-            slot = self.slot(i)
-
-            @pl.when(i >= self.stages)
-            def _():
-                plgpu.barrier_wait(empty.at[slot])
-
-            for src, dst in copies(self.chunk(i), slot):
-                plgpu.copy_gmem_to_smem(src, dst, full.at[slot])
-
-        @pl.loop(jnp.maximum(self.steps - self.stages, 0), self.steps)
-        def _(i):  # leave no barrier phase unobserved
-            plgpu.barrier_wait(empty.at[self.slot(i)])
-
-
-def _launch(body, operands, outs, *, arrivals, consumers, stages, grid, extra_scratch, scratch, interpret):
-    run = plgpu.kernel(
-        body,
-        out_type=tuple(outs.values()),
-        scratch_types=(scratch, plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-                       plgpu.Barrier(num_arrivals=consumers, num_barriers=stages), *extra_scratch),
-        grid=grid,
-        grid_names=("head", "piece", "batch"),
-        num_threads=consumers + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )
-    return dict(zip(outs, run(*operands.values()), strict=True))
-
-
-def _present(**arrays):
-    return {name: a for name, a in arrays.items() if a is not None}
+from pallas_kernels.gpu.tiles import (
+    BLOCK,
+    CHUNK,
+    T_CONTRACT,
+    WGMMA,
+    Walk,
+    add_products,
+    decayed_scores,
+    launch,
+    present,
+    products,
+    rows,
+    tile,
+)
 
 
 def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, emit="output", save_every=0,
@@ -149,20 +54,20 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
     with_output = emit == "output"
     n_pieces = pieces if with_output else pieces - 1
     piece_offset = 1 if reverse and not with_output else 0
-    operands = _present(x=x, y=y, z=z, c=c, total=total, init=init, u=u)
+    operands = present(x=x, y=y, z=z, c=c, total=total, init=init, u=u)
     outs = {"state": jax.ShapeDtypeStruct((b_size, heads, n_pieces, k_size, v_size), jnp.float32)}
-    scratch = {"y": _tile((stages, CHUNK, k_size), dtype), "z": _tile((stages, n_wg, CHUNK, BLOCK), dtype)}
+    scratch = {"y": tile((stages, CHUNK, k_size), dtype), "z": tile((stages, n_wg, CHUNK, BLOCK), dtype)}
     if with_output:
         outs["o"] = jax.ShapeDtypeStruct(z.shape, dtype)
-        scratch |= {"x": _tile((stages, CHUNK, k_size), dtype), "o": _tile((n_wg, CHUNK, BLOCK), dtype),
-                    "s16": _tile((n_wg, k_size, BLOCK), dtype)}
+        scratch |= {"x": tile((stages, CHUNK, k_size), dtype), "o": tile((n_wg, CHUNK, BLOCK), dtype),
+                    "s16": tile((n_wg, k_size, BLOCK), dtype)}
     if u is not None:
         outs["r"] = jax.ShapeDtypeStruct((b_size, heads, n_wg, t_size), jnp.float32)
-        scratch |= {"u": _tile((stages, n_wg, CHUNK, BLOCK), dtype), "r": plgpu.SMEM((n_wg, CHUNK), jnp.float32)}
+        scratch |= {"u": tile((stages, n_wg, CHUNK, BLOCK), dtype), "r": plgpu.SMEM((n_wg, CHUNK), jnp.float32)}
     if save_every:
         outs["saved"] = jax.ShapeDtypeStruct((b_size, heads, max(1, chunks // save_every), k_size, v_size), dtype)
     if c is not None:
-        scratch |= {"c": plgpu.SMEM((stages, CHUNK), jnp.float32), "zs": _tile((n_wg, CHUNK, BLOCK), dtype)}
+        scratch |= {"c": plgpu.SMEM((stages, CHUNK), jnp.float32), "zs": tile((n_wg, CHUNK, BLOCK), dtype)}
 
     def body(*refs):
         names = (*operands, *outs)
@@ -171,12 +76,12 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
         head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
         out_piece = lax.axis_index("piece")
         piece = out_piece + piece_offset
-        walk = _Walk(chunks, pieces, stages, reverse, piece)
+        walk = Walk(chunks, pieces, stages, reverse, piece)
 
         def copies(chunk, slot):
-            rows = pl.ds(chunk * CHUNK, CHUNK)
-            pairs = [(gmem[n].at[batch, rows, head], smem[n].at[slot]) for n in ("x", "y") if n in scratch]
-            pairs += [(gmem[n].at[batch, rows, head, pl.ds(w * BLOCK, BLOCK)], smem[n].at[slot, w])
+            here = pl.ds(chunk * CHUNK, CHUNK)
+            pairs = [(gmem[n].at[batch, here, head], smem[n].at[slot]) for n in ("x", "y") if n in scratch]
+            pairs += [(gmem[n].at[batch, here, head, pl.ds(w * BLOCK, BLOCK)], smem[n].at[slot, w])
                       for n in ("z", "u") if n in scratch for w in range(n_wg)]
             return pairs + ([(gmem["c"].at[batch, head, chunk], smem["c"].at[slot])] if c is not None else [])
 
@@ -198,7 +103,7 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
 
             def step(i, state):
                 slot, chunk = walk.slot(i), walk.chunk(i)
-                rows = pl.ds(chunk * CHUNK, CHUNK)
+                here = pl.ds(chunk * CHUNK, CHUNK)
                 plgpu.barrier_wait(full.at[slot])
                 y_tile, z_tile = smem["y"].at[slot], smem["z"].at[slot, wg]
                 z_state, c_row, c_tile = z_tile, None, None
@@ -207,19 +112,19 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
                     tot = gmem["total"][batch, head, chunk]
                     c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1))
                     zs = plgpu.load(z_tile, layout=WGMMA).astype(jnp.float32)
-                    z_state[...] = (zs * _rows(jnp.exp2(tot - c_row), zs.shape)).astype(dtype)
+                    z_state[...] = (zs * rows(jnp.exp2(tot - c_row), zs.shape)).astype(dtype)
                     plgpu.commit_smem()
                     state = state * jnp.exp2(tot)
                 if not with_output:
-                    state, = _add_products((state, y_tile.transpose(T_CONTRACT), z_state), interpret=interpret)
+                    state, = add_products((state, y_tile.transpose(T_CONTRACT), z_state), interpret=interpret)
                     plgpu.barrier_arrive(empty.at[slot])
                     return state
                 x_tile = smem["x"].at[slot]
-                a, o = _products((x_tile, y_tile.transpose(T_CONTRACT)), (x_tile, smem["s16"].at[wg]))
-                a = _decayed_scores(a, c_row, c_tile, reverse).astype(dtype)
+                a, o = products((x_tile, y_tile.transpose(T_CONTRACT)), (x_tile, smem["s16"].at[wg]))
+                a = decayed_scores(a, c_row, c_tile, reverse).astype(dtype)
                 if c is not None:
-                    o = o * _rows(jnp.exp2(c_row), o.shape)
-                o, state = _add_products((o, a, z_tile), (state, y_tile.transpose(T_CONTRACT), z_state),
+                    o = o * rows(jnp.exp2(c_row), o.shape)
+                o, state = add_products((o, a, z_tile), (state, y_tile.transpose(T_CONTRACT), z_state),
                                          interpret=interpret)
                 o = o * scale
                 if save_every:
@@ -236,9 +141,9 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
                 if u is not None:
                     smem["r"].at[wg][...] = r
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(smem["o"].at[wg], gmem["o"].at[batch, rows, head, cols])
+                plgpu.copy_smem_to_gmem(smem["o"].at[wg], gmem["o"].at[batch, here, head, cols])
                 if u is not None:
-                    plgpu.copy_smem_to_gmem(smem["r"].at[wg], gmem["r"].at[batch, head, wg, rows])
+                    plgpu.copy_smem_to_gmem(smem["r"].at[wg], gmem["r"].at[batch, head, wg, here])
                 return state
 
             state = lax.fori_loop(0, walk.steps, step, state)
@@ -246,7 +151,7 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
             plgpu.wait_smem_to_gmem(0)
 
     arrivals = sum({"x": 1, "y": 1, "c": 1, "z": n_wg, "u": n_wg}.get(name, 0) for name in scratch)
-    return _launch(body, operands, outs, arrivals=arrivals, consumers=n_wg, stages=stages, extra_scratch=(),
+    return launch(body, operands, outs, arrivals=arrivals, consumers=n_wg, stages=stages, extra_scratch=(),
                    grid=(heads, n_pieces, b_size), scratch=scratch, interpret=interpret)
 
 
@@ -268,19 +173,19 @@ def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, save_e
     v_size, dtype = v.shape[-1], v.dtype
     chunks = t_size // CHUNK
     n_blocks = k_size // BLOCK
-    operands = _present(q=q, k=k, v=v, do=do, c=c, total=total, init=init, saved=saved)
+    operands = present(q=q, k=k, v=v, do=do, c=c, total=total, init=init, saved=saved)
     outs = {"state": jax.ShapeDtypeStruct((b_size, heads, pieces, k_size, v_size), jnp.float32),
             "dk": jax.ShapeDtypeStruct(k.shape, dtype), "dv": jax.ShapeDtypeStruct(v.shape, dtype)}
     sizes = {"q": k_size, "k": k_size, "v": v_size, "do": v_size}
-    scratch = {name: _tile((stages, CHUNK, size), dtype) for name, size in sizes.items()}
-    scratch |= {"dk": _tile((CHUNK, k_size), dtype), "dv": _tile((CHUNK, v_size), dtype),
-                "s16": _tile((k_size, v_size), dtype)}
+    scratch = {name: tile((stages, CHUNK, size), dtype) for name, size in sizes.items()}
+    scratch |= {"dk": tile((CHUNK, k_size), dtype), "dv": tile((CHUNK, v_size), dtype),
+                "s16": tile((k_size, v_size), dtype)}
     if row_sums:
         outs["r"] = jax.ShapeDtypeStruct((b_size, heads, t_size), jnp.float32)
         outs["f"] = jax.ShapeDtypeStruct(saved.shape[:4], jnp.float32)
         scratch["r"] = plgpu.SMEM((CHUNK,), jnp.float32)
     if c is not None:
-        scratch |= {"c": plgpu.SMEM((stages, CHUNK), jnp.float32), "qs": _tile((n_blocks, CHUNK, BLOCK), dtype)}
+        scratch |= {"c": plgpu.SMEM((stages, CHUNK), jnp.float32), "qs": tile((n_blocks, CHUNK, BLOCK), dtype)}
 
     def body(*refs):
         names = (*operands, *outs)
@@ -288,11 +193,11 @@ def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, save_e
         smem, full, empty, written, free = refs[len(names):]
         head, piece, batch = lax.axis_index("head"), lax.axis_index("piece"), lax.axis_index("batch")
         wg = lax.axis_index("wg")
-        walk = _Walk(chunks, pieces, stages, True, piece)
+        walk = Walk(chunks, pieces, stages, True, piece)
 
         def copies(chunk, slot):
-            rows = pl.ds(chunk * CHUNK, CHUNK)
-            pairs = [(gmem[n].at[batch, rows, head], smem[n].at[slot]) for n in sizes]
+            here = pl.ds(chunk * CHUNK, CHUNK)
+            pairs = [(gmem[n].at[batch, here, head], smem[n].at[slot]) for n in sizes]
             return pairs + ([(gmem["c"].at[batch, head, chunk], smem["c"].at[slot])] if c is not None else [])
 
         @pl.when(wg == 2)
@@ -316,7 +221,7 @@ def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, save_e
 
             def step(i, state):
                 slot, chunk = walk.slot(i), walk.chunk(i)
-                rows = pl.ds(chunk * CHUNK, CHUNK)
+                here = pl.ds(chunk * CHUNK, CHUNK)
                 plgpu.barrier_wait(full.at[slot])
                 c_row = c_tile = None
                 if c is not None:
@@ -334,21 +239,21 @@ def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, save_e
                         tot = gmem["total"][batch, head, chunk]
                         qs = plgpu.load(q_state, layout=WGMMA).astype(jnp.float32)
                         q_state = smem["qs"].at[wg]
-                        q_state[...] = (qs * _rows(jnp.exp2(tot - c_row), qs.shape)).astype(dtype)
+                        q_state[...] = (qs * rows(jnp.exp2(tot - c_row), qs.shape)).astype(dtype)
                         plgpu.commit_smem()
                         state = state * jnp.exp2(tot)
                 plgpu.barrier_wait(written)
                 s16 = smem["s16"].transpose(T_CONTRACT) if transposed else smem["s16"]
-                a, o = _products((smem[left].at[slot], smem[right].at[slot].transpose(T_CONTRACT)),
+                a, o = products((smem[left].at[slot], smem[right].at[slot].transpose(T_CONTRACT)),
                                  (smem[left].at[slot], s16))
                 plgpu.barrier_arrive(free)
-                a = _decayed_scores(a, c_row, c_tile, True).astype(dtype)
+                a = decayed_scores(a, c_row, c_tile, True).astype(dtype)
                 if c is not None:
-                    o = o * _rows(jnp.exp2(c_row), o.shape)
+                    o = o * rows(jnp.exp2(c_row), o.shape)
                 terms = [(o, a, smem[other].at[slot])]
                 if owns_state:
                     terms.append((state, q_state.transpose(T_CONTRACT), smem["do"].at[slot]))
-                o, *state = _add_products(*terms, interpret=interpret)
+                o, *state = add_products(*terms, interpret=interpret)
                 state = state[0] if owns_state else ()
                 o = o * scale
                 if out == "dk" and row_sums:
@@ -363,9 +268,9 @@ def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, save_e
                     smem["r"][...] = r
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
-                plgpu.copy_smem_to_gmem(smem[out], gmem[out].at[batch, rows, head])
+                plgpu.copy_smem_to_gmem(smem[out], gmem[out].at[batch, here, head])
                 if out == "dk" and row_sums:
-                    plgpu.copy_smem_to_gmem(smem["r"], gmem["r"].at[batch, head, rows])
+                    plgpu.copy_smem_to_gmem(smem["r"], gmem["r"].at[batch, head, here])
                 return state
 
             state = lax.fori_loop(0, walk.steps, step, state)
@@ -383,5 +288,5 @@ def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, save_e
             compute(1, "dk", "v", "do", "q", transposed=True)
 
     extra = (plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=2))
-    return _launch(body, operands, outs, arrivals=4 + (c is not None), consumers=2, stages=stages, extra_scratch=extra,
+    return launch(body, operands, outs, arrivals=4 + (c is not None), consumers=2, stages=stages, extra_scratch=extra,
                    grid=(heads, pieces, b_size), scratch=scratch, interpret=interpret)

@@ -1,0 +1,116 @@
+"""Pieces shared by the Mosaic GPU kernels: tiles, products and the walk over the chunks of a sequence."""
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+CHUNK = 64
+BLOCK = 64  # rows or columns of the state that one warpgroup owns
+WGMMA = plgpu.Layout.WGMMA
+T_CONTRACT = (1, 0)  # transpose of a shared-memory tile, free for wgmma
+
+
+def tile(shape, dtype):
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+# The casts pin layouts that the compiler would otherwise search for, at worst for minutes.
+def rows(vector, shape):
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [0]), WGMMA)
+
+
+def columns(vector, shape):
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [1]), WGMMA)
+
+
+def add_products(*terms, interpret):
+    """[acc + a @ b for (acc, a, b) in terms], all products in flight together."""
+    def onto(refs):
+        for ref, (_, a, b) in zip(refs, terms, strict=True):
+            plgpu.wgmma(ref, a, b)
+
+    def one(acc, a, b):
+        if isinstance(a, jax.Array):
+            return acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        return acc + products((a, b))[0]
+
+    if interpret:  # the interpreter knows neither initialised accumulators nor operands in registers
+        return [one(*term) for term in terms]
+    return pl.run_state(onto)([plgpu.ACC.init(acc) for acc, _, _ in terms])
+
+
+def products(*pairs):
+    """[a @ b for (a, b) in pairs] of shared-memory tiles, all in flight together."""
+    def fresh(*refs):
+        for ref, (a, b) in zip(refs, pairs, strict=True):
+            plgpu.wgmma(ref, a, b)
+        return [ref[...] for ref in refs]
+
+    return pl.run_scoped(fresh, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
+
+
+def decayed_scores(a, c_row, c_ref, reverse):
+    """Scores [64, 64] of a chunk against itself: masked, and decayed where `c_ref` holds the chunk's log2 decays."""
+    row = plgpu.broadcasted_iota(jnp.int32, a.shape, 0, layout=WGMMA)
+    col = plgpu.broadcasted_iota(jnp.int32, a.shape, 1, layout=WGMMA)
+    keep = row <= col if reverse else row >= col
+    if c_ref is None:
+        return jnp.where(keep, a, 0.0)
+    gap = rows(c_row, a.shape) - columns(plgpu.load(c_ref, layout=WGMMA.reduce(0)), a.shape)
+    return a * jnp.exp2(jnp.where(keep, gap, -jnp.inf))  # mask the exponent: where it is dropped it may be large
+
+
+class Walk:
+    """Chunks of one program: which ones, in which order, and the ring of stages they arrive in."""
+
+    def __init__(self, chunks, pieces, stages, reverse, piece):
+        self.stages, self.reverse = stages, reverse
+        per_piece = pl.cdiv(chunks, pieces)
+        self.first = piece * per_piece
+        self.steps = jnp.minimum(chunks - self.first, per_piece)
+
+    def chunk(self, i):
+        return self.first + (self.steps - 1 - i if self.reverse else i)
+
+    def slot(self, i):
+        return lax.rem(i, jnp.int32(self.stages))
+
+    def load(self, copies, full, empty):
+        """The loading warpgroup: `copies(chunk, slot)` lists (source, destination) pairs."""
+        plgpu.set_max_registers(40, action="decrease")
+
+        @pl.loop(0, self.steps)
+        def _(i):
+            slot = self.slot(i)
+
+            @pl.when(i >= self.stages)
+            def _():
+                plgpu.barrier_wait(empty.at[slot])
+
+            for src, dst in copies(self.chunk(i), slot):
+                plgpu.copy_gmem_to_smem(src, dst, full.at[slot])
+
+        @pl.loop(jnp.maximum(self.steps - self.stages, 0), self.steps)
+        def _(i):  # leave no barrier phase unobserved
+            plgpu.barrier_wait(empty.at[self.slot(i)])
+
+
+def launch(body, operands, outs, *, arrivals, consumers, stages, grid, extra_scratch, scratch, interpret):
+    run = plgpu.kernel(
+        body,
+        out_type=tuple(outs.values()),
+        scratch_types=(scratch, plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+                       plgpu.Barrier(num_arrivals=consumers, num_barriers=stages), *extra_scratch),
+        grid=grid,
+        grid_names=("head", "piece", "batch"),
+        num_threads=consumers + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    return dict(zip(outs, run(*operands.values()), strict=True))
+
+
+def present(**arrays):
+    return {name: a for name, a in arrays.items() if a is not None}
