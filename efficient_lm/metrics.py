@@ -33,8 +33,10 @@ class RunDir:
         if writer:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise ConfigError(f"workdir = {str(workdir)!r}: another process is training here") from None
+            except OSError:
+                pass  # some network file systems have no locks
         self._rows = None
         self._require_same_config()
         self.info = read_json(self.path / "run.json") or {}

@@ -28,18 +28,18 @@ class Recorder:
     max(loss of the first step, ln vocab_size).
     """
 
-    def __init__(self, run: RunDir, cfg, *, start, warmup, flops_per_token, peak_flops):
+    def __init__(self, run: RunDir, cfg, *, began, start, warmup, flops_per_token, peak_flops):
         self.run, self.cfg, self.warmup = run, cfg, warmup
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.tokens_per_step = cfg.train.batch_size * cfg.train.seq_len
-        self.steps_done = self.start = start
+        self.steps_done = start
         self.mirrors = Mirrors(run, cfg.train.steps, start)
         self.watch = Stopwatch()
         self.pending = deque()
         self.recent = deque(maxlen=DIVERGED_WINDOW)
         first = run.rows("train")[:1]
         self.ceiling = self._ceiling(first[0]["loss"]) if first else None
-        self.began = self.updated = time.perf_counter()
+        self.began, self.updated = began, time.perf_counter()
         self.earlier_seconds = run.info.get("wall_seconds") or 0.0
         self.rate, self.rated_at = None, (0, 0.0)  # tokens/s, and the timed steps and seconds of the last row
 
@@ -73,7 +73,7 @@ class Recorder:
         self.steps_done = step
         every = self.cfg.train.log_every
         loss, finite = values["loss"], math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-        if step == self.start + 1 or step % every == 0 or step == self.cfg.train.steps or not finite:
+        if step == 1 or step % every == 0 or step == self.cfg.train.steps or not finite:
             self._row(step, values)
         if not finite:
             what = "loss" if not math.isfinite(loss) else "grad_norm"

@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,7 +154,7 @@ def train(cfg: Config, workdir, *, devices=None, should_stop=lambda step: False)
 
 
 def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
-    opts, steps = cfg.train, cfg.train.steps
+    began, opts, steps = time.perf_counter(), cfg.train, cfg.train.steps
     hardware.enable_compile_cache()
 
     # What is trained, on what, with what.
@@ -196,7 +197,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
         shape = (opts.steps_per_call, opts.grad_accum, -1, opts.seq_len)
         batch = {name: np.stack([b[name] for b in batches]).reshape(shape) for name in batches[0]}
         lrs = np.asarray([schedule(k) for k in ks], np.float32)
-        return call, sharding.to_devices(batch, sharding.batch_sharding(mesh, leading=2)), lrs
+        return call, sharding.to_devices(batch, sharding.batch_sharding(mesh, leading=2)), jax.device_put(lrs, whole)
 
     def evaluate():
         """Validation loss in nats per token, every token of the split with the same weight."""
@@ -222,6 +223,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     recorder = Recorder(
         run,
         cfg,
+        began=began,
         start=start,
         warmup=warmup_steps(cfg.optim, steps),
         flops_per_token=flops_per_token,

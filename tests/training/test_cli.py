@@ -37,11 +37,12 @@ def test_exit_codes(status, code, capsys):
         (["--config", DENSE, "--config.train.steps=many"], "config.train.steps = 'many': must be int"),
         (["--config", DENSE, "--config.train.steps=0"], "config.train.steps = 0: must be at least 1"),
         (["--config", DENSE, "--config.model.pattern=atention"], "did you mean 'attention'"),
-        (["--config", DENSE, "--config.model.d_model"], "needs a value"),
+        (["--config", DENSE, "--steps=3"], "unrecognized arguments: --steps=3"),
+        (["--config.model.d_model=3"], "arguments are required: --config"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(argv, message, capsys):
-    assert cli.main(fake("done"), [*argv, "--workdir", "w"] if argv[-1][-5:] != "model" else argv) == 2
+    assert cli.main(fake("done"), ["--workdir", "w", *argv]) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
 
@@ -52,7 +53,22 @@ def test_help_lists_every_field_with_its_meaning(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert "model.d_model" in text and "width of the residual stream" in text
+    assert "model.mixers.attention.window" in text and "model.ffns.dense.glu" in text
     assert "optim.final_lr" in text and "exit codes" in text and "75" in text
+
+
+def test_an_override_without_value_is_refused(capsys):
+    assert cli.main(fake("done"), ["--config", DENSE, "--workdir", "w", "--config.model.d_model"]) == 2
+    assert "needs a value" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_shows_where_and_ends_with_one_line(capsys):
+    def broken(cfg, workdir):
+        raise RuntimeError("out of memory\nlong story")
+
+    assert cli.main(broken, ["--config", DENSE, "--workdir", "w"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1] == "failed: w: RuntimeError: out of memory"
 
 
 def test_overrides_reach_the_config():
