@@ -17,26 +17,31 @@ def tile(shape, dtype):
 
 # The casts pin layouts that the compiler would otherwise search for, at worst for minutes.
 def rows(vector, shape):
+    vector = plgpu.layout_cast(vector, WGMMA.reduce(1))
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [0]), WGMMA)
 
 
 def columns(vector, shape):
+    vector = plgpu.layout_cast(vector, WGMMA.reduce(0))
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [1]), WGMMA)
 
 
 def add_products(*terms, interpret):
-    """[acc + a @ b for (acc, a, b) in terms], all products in flight together."""
-    def onto(refs):
-        for ref, (_, a, b) in zip(refs, terms, strict=True):
-            plgpu.wgmma(ref, a, b)
+    """[acc + a @ b for (acc, a, b) in terms], all products in flight together; a and b may be tuples, summed over."""
+    terms = [(acc, a, b) if isinstance(a, tuple) else (acc, (a,), (b,)) for acc, a, b in terms]
 
-    def one(acc, a, b):
+    def onto(refs):
+        for ref, (_, left, right) in zip(refs, terms, strict=True):
+            for a, b in zip(left, right, strict=True):
+                plgpu.wgmma(ref, a, b)
+
+    def one(a, b):
         if isinstance(a, jax.Array):
-            return acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        return acc + products((a, b))[0]
+            return jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        return products((a, b))[0]
 
     if interpret:  # the interpreter knows neither initialised accumulators nor operands in registers
-        return [one(*term) for term in terms]
+        return [acc + sum(map(one, left, right)) for acc, left, right in terms]
     return pl.run_state(onto)([plgpu.ACC.init(acc) for acc, _, _ in terms])
 
 
