@@ -1,43 +1,113 @@
-"""Forward matmul FLOPs per token of the operators (a multiply-add counts 2), all heads together.
+"""Forward FLOPs per token of the operators (a multiply-add counts 2), all heads together.
 
 Two kinds. `implementation=None` gives the idealised chunk form, the convention for comparing models: no causal
 skipping inside a chunk, chunk of 64 unless said. An implementation's name gives the matrix products that it executes,
 padding and skipping included; a test compares those with the dot_general operations of the traced computation.
+All assume no initial state and no final state asked for.
 """
-from pallas_kernels.xla.linear_attention import default_chunk
+from pallas_kernels.xla import delta_rule as _delta
+from pallas_kernels.xla import linear_attention as _linear
 
 IDEAL_CHUNK = 64
 
 
+def _check(decay, implementation):
+    if decay not in ("none", "head", "token", "channel"):
+        raise ValueError(f"decay = {decay!r}: allowed are 'none', 'head', 'token', 'channel'")
+    if implementation not in (None, "xla", "reference"):
+        raise ValueError(f"implementation = {implementation!r}: allowed are None, 'xla', 'reference'")
+
+
 def linear_attention_flops(T, H, K, V, decay="none", chunk_size=None, implementation=None, groups=None):
-    """FLOPs per token of `api.linear_attention`: no initial state, final state not asked for.
+    """FLOPs per token of `api.linear_attention`.
 
     Args:
       T: tokens. H: value heads. K, V: channels of one head. groups: query and key heads (default H).
       decay: 'none', 'head', 'token' or 'channel'.
       implementation: None = idealised, H (4KV + 2C(K + V)); 'xla' or 'reference' = executed.
     """
-    if decay not in ("none", "head", "token", "channel"):
-        raise ValueError(f"decay = {decay!r}: allowed are 'none', 'head', 'token', 'channel'")
+    _check(decay, implementation)
     if implementation is None:
         chunk = min(chunk_size or IDEAL_CHUNK, T)
         return float(H * (4 * K * V + 2 * chunk * (K + V)))
     if implementation == "reference":
         return float(H * 2 * K * V)  # k v^T is element-wise
-    if implementation != "xla":
-        raise ValueError(f"implementation = {implementation!r}: allowed are None, 'xla', 'reference'")
-    chunk = chunk_size or default_chunk(decay)
-    chunk = min(chunk, 1 << (T - 1).bit_length() if decay == "channel" else T)
+    chunk = chunk_size or _linear.default_chunk(decay)
+    chunk = min(chunk, _power_of_two(T) if decay == "channel" else T)
     n = -(-T // chunk)
-    padded = n * chunk
-    states = (2 * (n - 1) + 2 * n) * chunk * K * V * H if n > 1 else 0  # the last update serves no output
+    states = (4 * n - 2) * chunk * K * V * H if n > 1 else 0  # the last chunk's update serves no output
     if decay == "channel":
-        cumulative = 2 * 2 * padded * chunk * K * H
-        return float((_pair_flops(chunk, K) * n * H + cumulative + 2 * padded * chunk * V * H + states) / T)
-    cumulative = 2 * 2 * padded * chunk * H if decay == "token" else 0  # of 'head': once for all sequences, not counted
-    return float((2 * padded * chunk * (K * (groups or H) + V * H) + cumulative + states) / T)
+        local = H * (_channel_scores(chunk, K) + _prefix_sums(chunk, K) + 2 * chunk * chunk * V)
+    else:  # the prefix sums of 'head' are done once for all sequences: not counted
+        local = 2 * chunk * chunk * (K * (groups or H) + V * H)
+        local += H * _prefix_sums(chunk, 1) if decay == "token" else 0
+    return float((n * local + states) / T)
 
 
-def _pair_flops(chunk, K):
-    """Products of `xla.pairs.scores` for one x and one chunk: every level does C h K multiply-adds, h = C/2 .. 1."""
-    return sum(2 * (chunk // 2) * h * K for h in (1 << s for s in range(chunk.bit_length() - 1)))
+def delta_rule_flops(T, H, K, V, decay="none", chunk_size=None, implementation=None, steps_per_token=1):
+    """FLOPs per token of `api.delta_rule`; idealised, per step, H (6KV + 6CK + 4CV + C^2 / 3). Arguments as above."""
+    _check(decay, implementation)
+    rows = T * steps_per_token
+    if implementation is None:
+        chunk = min(chunk_size or IDEAL_CHUNK, rows)
+        return float(steps_per_token * H * (6 * K * V + 6 * chunk * K + 4 * chunk * V + chunk * chunk / 3))
+    if implementation == "reference":
+        return float(steps_per_token * H * 4 * K * V)
+    chunk = min(chunk_size or _delta.default_chunk(), _power_of_two(rows))
+    n, square = -(-rows // chunk), chunk * chunk
+    scores = 2 * (_channel_scores(chunk, K) if decay == "channel" else 2 * square * K)
+    sums = 0 if decay == "none" else _prefix_sums(chunk, K if decay == "channel" else 1)
+    local = scores + sums + _inverse(chunk) + 4 * square * V
+    states = 6 * chunk * K * V + 2 * square * K if n > 1 else 0
+    return float(n * H * (local + states) / T)
+
+
+def dplr_flops(T, H, K, V, chunk_size=None, implementation=None):
+    """FLOPs per token of `api.dplr`; idealised, the delta rule's formula. Arguments as above."""
+    _check("channel", implementation)
+    if implementation is None:
+        return delta_rule_flops(T, H, K, V, "channel", chunk_size)
+    if implementation == "reference":
+        return float(H * 4 * K * V)
+    chunk = min(chunk_size or _delta.default_chunk(), _power_of_two(T))
+    local = 4 * _channel_scores(chunk, K) + _prefix_sums(chunk, K) + _inverse(chunk) + 8 * chunk * chunk * V
+    return float(-(-T // chunk) * H * (local + 8 * chunk * K * V) / T)
+
+
+def mlstm_flops(T, H, K, V, input_activation="exp", chunk_size=None, implementation=None):
+    """FLOPs per token of `api.mlstm`: linear attention, with one more value channel for the normaliser of 'exp'."""
+    values = V + 1 if input_activation == "exp" else V
+    return linear_attention_flops(T, H, K, values, "token", chunk_size, implementation)
+
+
+def diagonal_scan_flops(D):
+    """FLOPs per token of `api.diagonal_scan` on D real channels: exponential aside, one multiply-add each."""
+    return float(2 * D)
+
+
+def causal_conv1d_flops(D, W):
+    """FLOPs per token of `api.causal_conv1d` with W taps on D channels."""
+    return float(2 * D * W)
+
+
+def _power_of_two(length):
+    return 1 << (length - 1).bit_length()
+
+
+def _prefix_sums(chunk, channels):
+    """Coarse and fine cumulative log decays of one chunk, as products with a triangle."""
+    return 2 * 2 * chunk * chunk * channels
+
+
+def _channel_scores(chunk, K):
+    """`xla.pairs.scores` of one x and one chunk: C h K multiply-adds at every level h = C/2 .. 1."""
+    return sum(chunk * h * K for h in _levels(chunk))
+
+
+def _inverse(chunk):
+    """`xla.decay.unit_lower_inverse`: two h x h products for each of C / 2h blocks at every level."""
+    return sum(2 * chunk * h * h for h in _levels(chunk))
+
+
+def _levels(chunk):
+    return [1 << s for s in range(chunk.bit_length() - 1)]
