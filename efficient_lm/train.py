@@ -35,6 +35,17 @@ EVAL_TOKENS = 4096  # tokens per evaluation batch, where a training batch isn't 
 # ---------------------------------------------------------------------- what is compiled
 
 
+def make_init(lm: LM, cfg: Config, optimizer):
+    """init(key) -> the state {params, opt_state, ema, step} before the first step."""
+
+    def init(key):
+        params = lm.init(key)
+        ema = jax.tree.map(jnp.copy, params) if cfg.train.ema else {}
+        return {"params": params, "opt_state": optimizer.init(params), "ema": ema, "step": jnp.zeros((), jnp.int32)}
+
+    return init
+
+
 def make_loss(lm: LM, cfg: Config, constrain):
     """loss(params, batch [B, T], weight): this batch's share of the objective, and what to log, both sums.
 
@@ -169,13 +180,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     validation = open_split(cfg, "validation", -(-max(micro_rows, EVAL_TOKENS // opts.seq_len) // shards) * shards)
 
     # The state: of this run's last checkpoint, or of a trunk's, or fresh.
-    @jax.jit
-    def init(key):
-        params = lm.init(key)
-        ema = jax.tree.map(jnp.copy, params) if opts.ema else {}
-        return {"params": params, "opt_state": optimizer.init(params), "ema": ema, "step": jnp.zeros((), jnp.int32)}
-
-    key = jax.random.key(cfg.seed)
+    init, key = make_init(lm, cfg, optimizer), jax.random.key(cfg.seed)
     like = sharding.place(jax.eval_shape(init, key), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     state = load_state(cfg, run.path / "ckpt", like)
