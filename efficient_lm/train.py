@@ -180,7 +180,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     validation = open_split(cfg, "validation", -(-max(micro_rows, EVAL_TOKENS // opts.seq_len) // shards) * shards)
 
     # The state: of this run's last checkpoint, or of a trunk's, or fresh.
-    init, key = make_init(lm, cfg, optimizer), jax.random.key(cfg.seed)
+    init, key = jax.jit(make_init(lm, cfg, optimizer)), jax.random.key(cfg.seed)  # jit: traced once for all uses
     like = sharding.place(jax.eval_shape(init, key), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     state = load_state(cfg, run.path / "ckpt", like)
