@@ -86,10 +86,10 @@ def _fit_generic(law, table: Table, options: Options) -> Fit:
     if law.optimum:
         fit.optimum, fit.settings["flops_factor"] = _optima(law, best.params, sample, table.rows, options)
     fit.quality |= _quality(prob, best, sample)
-    fit.refused = _refusal(prob, fit.quality)
+    fit.refused = _refusal(prob, fit)
     fit.warnings = _warnings(fit)
     if options.holdout:
-        fit.holdout = uncertainty.holdout(prob, table.rows, level=options.level, seed=options.seed)
+        fit.holdout = uncertainty.holdout(prob, table.rows, best.z, level=options.level, seed=options.seed)
         fit.quality["holdout_rms_error"] = fit.holdout.get("rms_error")
     fit.seconds = time.perf_counter() - began
     return fit
@@ -148,12 +148,20 @@ def _quality(prob, best, sample) -> dict:
     return quality
 
 
-def _refusal(prob, quality: dict) -> str | None:
+def _refusal(prob, fit: Fit) -> str | None:
+    """Why the data do not determine the parameters, or None."""
+    quality = fit.quality
     if quality["at_bound"]:
         name = quality["at_bound"][0]
         p = prob.law.parameter(name)
         return f"parameter {name} ran to its bound (allowed {p.lo:g} to {p.hi:g}): these data do not determine it"
-    if not quality["jacobian_condition"] < 1e7:
+    for name, entry in fit.params.items():
+        if prob.law.parameter(name).transform == "linear" and entry["lo"] is not None:
+            if entry["hi"] - entry["lo"] > 2 * abs(entry["value"]):
+                return (
+                    f"{name} = {entry['value']:.3g} is not determined: interval {entry['lo']:.3g} to {entry['hi']:.3g}"
+                )
+    if not quality["jacobian_condition"] < 1e5:
         return (
             f"parameters cannot be told apart on these data (Jacobian condition {quality['jacobian_condition']:.2g}): "
             "vary the columns independently"

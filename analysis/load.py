@@ -307,7 +307,8 @@ def _positive_numbers(column: pd.Series, name: str) -> pd.Series:
     bad = ~(np.isfinite(numbers) & (numbers > 0))
     if bad.any():
         row = bad.idxmax()
-        what = "empty" if pd.isna(column[row]) else repr(column[row])
+        value = column[row]
+        what = "empty" if pd.isna(value) else repr(value) if isinstance(value, str) else f"{value}"
         raise DataError(
             f"column {name!r}, row {row}: {what} is not a positive finite number ({bad.sum()} such rows); "
             f"leave such rows out with --where"

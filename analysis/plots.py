@@ -148,7 +148,7 @@ def isoflop(profiles: dict[str, list[Profile]], *, level: float = 0.95, xlabel="
 
 @_styled
 def parametric(fit, law, frame, *, title: str = ""):
-    """A fit of `loss(N, D)`: predicted against observed with relative errors, and iso-loss lines in the (N, D) plane."""
+    """A fit of `loss(N, D)`: predicted against observed, and lines of equal loss in the (N, D) plane."""
     figure, axes = _figure(2, height=4.3)
     x = {name: frame[name].to_numpy(float) for name in ("N", "D")}
     observed, predicted = frame["loss"].to_numpy(float), law.predict(fit.values, x, np)
@@ -203,8 +203,8 @@ def frontiers(found: dict[str, Frontier], *, level: float = 0.95):
         good = [p for p in f.profiles if p.refused is None]
         for p in good:
             lo, hi = np.nanquantile(p.x_draws, quantiles)
-            right.errorbar(p.C, p.x_opt, yerr=[[max(p.x_opt - lo, 0)], [max(hi - p.x_opt, 0)]], fmt=marker, color=colour,
-                           ms=5, capsize=2, lw=1)  # fmt: skip
+            bar = [[max(p.x_opt - lo, 0)], [max(hi - p.x_opt, 0)]]
+            right.errorbar(p.C, p.x_opt, yerr=bar, fmt=marker, color=colour, ms=5, capsize=2, lw=1)
         label = name
         if len(good) >= 2:
             at = np.array([p.C for p in good])

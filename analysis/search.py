@@ -39,9 +39,9 @@ class Problem:
     def minimize(self, z0, weights, **options) -> Minima:
         """`optimize.minimize` from z0 [problems, free] with weights [n] or [problems, n].
 
-        Rows are padded with weight 0 to a multiple of 64, so that tables of similar size share one compilation.
+        Rows are padded with weight 0 to a multiple of 32, so that tables of similar size share one compilation.
         """
-        extra = -len(self.y) % 64
+        extra = -len(self.y) % 32
         pad = lambda v: np.concatenate([v, np.repeat(v[:1], extra)])  # noqa: E731
         data = {
             "x": {name: pad(values) for name, values in self.x.items()}, "y": pad(self.y), "fix": self.fix,
@@ -109,13 +109,14 @@ def problem(law: Law, table, fix=None, delta: float | None = None) -> Problem:
     return Problem(law, x, y, fix, law.delta if delta is None else delta, centroid, list(rows))
 
 
-def search(prob: Problem, weights=None, extra=None, progress: Callable | None = None) -> Optimum:
+def search(prob: Problem, weights=None, extra=None, thin: int = 1, progress: Callable | None = None) -> Optimum:
     """Minimises from every start of the law's grid, from the variable-projection point and from `extra` [k, free].
 
-    Rows of weight 0 take no part (the hold-out reuses the functions compiled for the whole table).
+    `thin` takes every thin-th start only. Rows of weight 0 take no part (the hold-out reuses the functions compiled for
+    the whole table).
     """
     weights = np.ones(len(prob.y)) if weights is None else np.asarray(weights, float)
-    starts = prob.coordinates(prob.law.starts(prob.fix))
+    starts = prob.coordinates(prob.law.starts(prob.fix))[::thin]
     grid = len(starts)
     projected = project(prob, weights)
     more = [] if projected is None else [prob.from_params(projected)]

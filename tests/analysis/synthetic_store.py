@@ -34,8 +34,8 @@ def write_run(store, run_id, *, arch, N, D, loss, budget, status="done", reason=
     run = {
         "run_id": run_id, "name": arch, "status": status, "reason": reason, "sweep": {"arch": arch, "budget": budget},
         "seed": seed, "steps_done": steps if status == "done" else 40, "steps_total": steps, "tokens": D,
-        "params": {"total": int(N) + embedding, "embedding": embedding, "non_embedding": int(N) - head, "active": int(N),
-                   "head": head},
+        "params": {"total": int(N) + embedding, "embedding": embedding, "non_embedding": int(N) - head,
+                   "active": int(N), "head": head},
         "flops_per_token": per_token, "flops": {key: value * D for key, value in per_token.items()},
         "final_loss": loss, "final_bpb": None if loss is None else loss / np.log(2), "wall_seconds": 20.0,
         "data": {"name": "corpus", "tokenizer": data, "vocab_size": 256},

@@ -1,0 +1,137 @@
+"""Tables of runs: every row is either used or listed with the reason; bad tables give one line."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.load import DataError, check_comparable, load_curves, load_runs, load_table
+from tests.analysis import synthetic_store
+
+GOOD = pd.DataFrame({"N": [1e6, 2e6, 3e6], "D": [1e8, 2e8, 3e8], "C": [6e14, 2.4e15, 5.4e15], "loss": [4.0, 3.5, 3.2]})
+
+
+@pytest.mark.quick
+def test_every_run_of_a_store_is_used_or_listed(store):
+    table = load_table(store)
+    assert len(table.rows) == 36
+    reasons = table.excluded.set_index("run_id")["reason"]
+    assert reasons["diverged0"] == "diverged: loss is nan at step 40"
+    assert reasons["failed0"] == "failed: out of memory"
+    assert reasons["running0"] == "unfinished (running at step 40 of 100)"
+    assert reasons["preempted0"] == "unfinished (preempted at step 40 of 100)"
+    assert reasons["noloss0"] == "done, but final_loss is missing"
+    assert "not valid JSON" in reasons["torn0"]
+    assert "no run.json" in reasons["started0"]
+    assert reasons["never0"] == "planned, not run"
+    assert len(reasons) == 8
+    assert len(load_runs(store)) == 44
+
+
+def test_accounting_changes_N_and_C_only(store):
+    default, total = load_runs(store), load_runs(store, n="total", c="hardware")
+    done = default["status"] == "done"
+    assert (total["N"][done] > default["N"][done]).all()
+    np.testing.assert_array_equal(total["C"], default["C_hardware"])
+    np.testing.assert_array_equal(
+        default["N"][done], default["N_nonemb"][done] + (0.1 * default["N"][done]).astype(int)
+    )
+    with pytest.raises(DataError, match="allowed are n in"):
+        load_runs(store, n="all")
+
+
+def test_curves_keep_the_last_of_repeated_steps_and_ignore_a_torn_line(store):
+    curves = load_curves(store)
+    run = curves[curves["run_id"] == "att1e110"]
+    assert run["step"].is_unique and run["step"].is_monotonic_increasing
+    assert run["step"].max() == 100
+    assert run["loss"].iloc[-1] == synthetic_store.RESUMED_LOSS
+    one = load_curves(store / "att1e110")
+    np.testing.assert_array_equal(one["loss"], run["loss"])
+
+
+@pytest.mark.quick
+def test_columns_where_ranges_and_outliers_are_recorded(tmp_path):
+    raw = pd.DataFrame(
+        {"Model Size": [1e6, 2e6, 3e6, 4e6], "flops": [6e14] * 4, "final": [4.0, 3.0, 3.5, 5.0], "ok": 1}
+    )
+    raw.loc[0, "ok"] = 0
+    raw.to_csv(tmp_path / "t.csv", index=False)
+    table = load_table(
+        tmp_path / "t.csv", columns="N=Model Size,C=flops,D=C/(6*N),loss=final", where="ok == 1",
+        x_range={"N": (1e6, 3.5e6)}, drop_highest=1,
+    )  # fmt: skip
+    assert table.rows.index.tolist() == [2]  # rows count from 1
+    np.testing.assert_allclose(table.rows["D"], 6e14 / (6 * 2e6))
+    assert table.excluded["reason"].to_dict() == {
+        1: "filtered: not (ok == 1)", 4: "outside N range 1e+06 to 3.5e+06", 3: "one of the 1 highest losses",
+    }  # fmt: skip
+    assert len(table.filters) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="D"), "column 'D' is missing"),
+        (lambda t: t.assign(loss=[4.0, -3.5, 3.2]), r"column 'loss', row 1: .*-3.5.* not a positive finite number"),
+        (lambda t: t.assign(loss=[4.0, 3.5, np.nan]), "column 'loss', row 2: empty is not"),
+        (lambda t: t.assign(N=[1e6, "2 million", 3e6]), "column 'N', row 1: '2 million' is not"),
+        (lambda t: t.assign(D=[1e8, np.inf, 3e8]), "column 'D', row 1: inf is not"),
+        (lambda t: pd.concat([t, t.iloc[:1]], ignore_index=True), r"row 3 \(all columns\): duplicate of row 0"),
+        (lambda t: t.assign(run_id=["a", "b", "a"]), "column 'run_id', row 2: duplicate of row 0"),
+    ],
+)
+def test_bad_tables_name_column_and_row(change, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load_table(change(GOOD))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_filters_and_sources_are_refused(tmp_path):
+    for kwargs, message in (
+        ({"where": "lss < 4"}, "where 'lss < 4' is not a query"),
+        ({"columns": "N=parms"}, "column N='parms': neither a column nor an expression"),
+        ({"columns": "N"}, "expected NAME=COLUMN"),
+        ({"x_range": {"T": (0, 1)}}, "column 'T' is missing"),
+        ({"where": "loss > 9"}, "no row of data frame is left to fit: 3 x filtered"),
+        ({"duplicates": "merge"}, "allowed are error, drop, keep"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_table(GOOD, **kwargs)
+    with pytest.raises(DataError, match="does not exist"):
+        load_table(tmp_path / "missing.csv")
+    with pytest.raises(DataError, match="holds no run"):
+        load_table(tmp_path)
+
+
+def test_duplicates_can_be_dropped_or_kept():
+    twice = pd.concat([GOOD, GOOD.iloc[:1]], ignore_index=True)
+    assert len(load_table(twice, duplicates="keep").rows) == 4
+    dropped = load_table(twice, duplicates="drop")
+    assert len(dropped.rows) == 3 and dropped.excluded["reason"].tolist() == ["duplicate of an earlier row"]
+
+
+def test_runs_on_different_data_are_not_compared(tmp_path):
+    common = dict(arch="gla", N=1e4, D=1e6, loss=2.0, budget=1e11)
+    synthetic_store.write_run(tmp_path, "a", **common)
+    synthetic_store.write_run(tmp_path, "b", data="bpe", **common)
+    with pytest.raises(DataError, match="column 'data' is mixed"):
+        check_comparable(load_table(tmp_path))
+    check_comparable(load_table(tmp_path, where="data == 'corpus bytes 256'"))
+
+
+def test_parquet_like_frames_and_null_fields(tmp_path):
+    path = synthetic_store.write_run(tmp_path, "a", arch="gla", N=1e4, D=1e6, loss=2.0, budget=1e11)
+    run = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**run, "params": None, "data": None, "sweep": None}))
+    frame = load_runs(tmp_path)
+    assert frame["N"].isna().all() and frame["loss"].tolist() == [2.0]
+
+
+@pytest.mark.quick
+def test_import_starts_no_jax():
+    code = "import sys, analysis.fit, analysis.compare; assert 'jax' not in sys.modules and 'flax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

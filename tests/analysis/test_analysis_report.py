@@ -1,0 +1,140 @@
+"""Comparison of architectures, plots and the report."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from analysis import cli, compare, frontier, report, tables
+from analysis.load import load_table
+from analysis.result import Options
+from tests.analysis import synthetic_store
+
+
+def true_gain(C):
+    """Compute at which attention reaches the loss of gla at C, both at their best size."""
+
+    def best(arch, C):
+        N = synthetic_store.optimum(arch, C)
+        return synthetic_store.loss(arch, N, C / (6 * N))
+
+    grid = np.geomspace(C, 5 * C, 4000)
+    return grid[np.argmin(np.abs([best("attention", c) - best("gla", C) for c in grid]))] / C
+
+
+@pytest.fixture(scope="module")
+def compared(store):
+    return compare.compare_architectures(load_table(store), "attention", ["gla"])
+
+
+def test_gain_is_the_true_compute_ratio(compared):
+    frontiers, (result,) = compared
+    for point in result["points"]:
+        assert point["gain"]["lo"] < true_gain(point["C"]) < point["gain"]["hi"]
+        assert point["gain"]["hi"] / point["gain"]["lo"] < 1.2
+    assert result["resolved"]
+    assert "gla needs 0.6" in result["verdict"] and "no trend with compute is resolved" in result["verdict"]
+    assert result["judged"]["C"] < 1e12  # judged no further than the base's lowest loss
+    assert result["constant_gain"]["lo"] < true_gain(3e11) < result["constant_gain"]["hi"]
+    (b, v), shared = frontier.share_floor(list(frontiers.values()))
+    np.testing.assert_allclose(b.compute_for(*b.law([2e11]))[0], 2e11, rtol=1e-9)
+    assert shared["E"][0] == pytest.approx(1.1, abs=0.15)
+
+
+def test_gain_inverts_when_base_and_variant_change_places(store, compared):
+    _, (forward,) = compared
+    _, (back,) = compare.compare_architectures(load_table(store), "gla", ["attention"])
+    assert forward["points"][1]["gain"]["value"] == pytest.approx(1 / back["points"][1]["gain"]["value"], rel=0.01)
+    assert "that is more" in back["verdict"]
+
+
+def test_noise_gives_not_resolved(noisy_store):
+    _, (result,) = compare.compare_architectures(load_table(noisy_store), "attention", ["gla"])
+    assert not result["resolved"]
+    assert result["verdict"].startswith("not resolved") and "the interval includes 1" in result["verdict"]
+    assert result["judged"]["gain"]["lo"] < 1 < result["judged"]["gain"]["hi"]
+
+
+def test_compare_command_line(store, tmp_path, capsys):
+    argv = ["--store", str(store), "--base", "attention", "--variant", "gla", "--bootstrap", "100", "--out",
+            str(tmp_path / "c.json"), "--plot", str(tmp_path / "gain.png")]  # fmt: skip
+    assert cli.run(compare.main, compare.parser(), argv) == 0
+    assert "verdict: gla needs" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c.json").read_text())[0]["variant"] == "gla"
+    assert (tmp_path / "gain.png").stat().st_size > 5000
+    assert cli.run(compare.main, compare.parser(), [*argv[:3], "dense", *argv[4:]]) == 2
+    assert "arch 'dense' has no finished run" in capsys.readouterr().err
+
+
+class Checker(HTMLParser):
+    """Collects images and text, and checks that tags are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.text = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.images.append(dict(attrs))
+        elif tag not in ("meta", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_report_says_what_was_run_found_and_refused(store, tmp_path):
+    argv = ["--store", str(store), "--out", str(tmp_path / "r.html"), "--bootstrap", "100", "--quiet"]
+    assert cli.run(report.main, report.parser(), argv) == 0
+    page = Checker((tmp_path / "r.html").read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert len(page.images) == 6 and all(image["src"].startswith("data:image/svg+xml") for image in page.images)
+    assert "gla needs 0.6" in text
+    for reason in ("loss is nan at step 40", "out of memory", "planned, not run", "done, but final_loss is missing"):
+        assert reason in text
+    assert "Excluded (8)" in text and "next budget" in text
+    assert "nan" not in text.replace("is nan at step", "").lower().split()
+
+
+def test_report_of_a_poor_sweep_still_says_why(store, tmp_path):
+    poor = tmp_path / "poor"
+    shutil.copytree(store, poor)
+    for path in poor.glob("gla*"):
+        if path.name[-1] in "3456" or path.name.startswith("gla1e12"):
+            shutil.rmtree(path)
+    options = Options(bootstrap=50)
+    context = report.build(load_table(poor), options=options)
+    assert context["comparisons"] == []
+    page = Checker(report.render(context))
+    text = " ".join(" ".join(page.text).split())
+    assert "too few points" in text and "No comparison" in text
+
+
+def test_one_architecture_and_an_edge_minimum_suggest_cells(store):
+    table = load_table(store, where="arch == 'gla'", x_range={"N": (0, 12000)})
+    found = frontier.frontier_points(load_table(store, where="arch == 'gla'").rows, "gla")
+    cells = report._next_cells(found, table.rows)
+    assert len(cells) == 5 and all(cell["C"] > 1e12 for cell in cells)
+    smaller = [p for p in found.profiles]
+    smaller[0].refused, smaller[0].edge = "minimum at an edge: the largest size is the best", "large"
+    cells = report._next_cells(found, table.rows)
+    assert [cell["N"] > smaller[0].x.max() for cell in cells] == [True, True]
+    for cell in cells:
+        assert 6 * cell["N"] * cell["D"] == pytest.approx(cell["C"], rel=0.01)
+
+
+@pytest.mark.quick
+def test_numbers_are_short():
+    assert [tables.number(v) for v in (0.5139, 2143.4, 7.3e10, 0, float("nan"), 1.0e-5)] == [
+        "0.514", "2143", "7.30e+10", "0", "-", "1.00e-05",
+    ]  # fmt: skip
+    assert [tables.count(v) for v in (950, 12345, 2.36e6, 7.32e9, 999.9)] == ["950", "12.3k", "2.36M", "7.32B", "1k"]
+    assert tables.with_interval({"value": 0.5, "lo": 0.4, "hi": 0.61}) == "0.500 [0.400, 0.610]"
+    assert [tables.duration(s) for s in (45, 740, 18400)] == ["45 s", "12.3 min", "5.1 h"]
