@@ -1,0 +1,4 @@
+"""Pallas TPU kernels: one program walks the chunks of one head with the state in VMEM.
+
+Off a TPU they run under the Pallas interpreter: right, slow, for tests.
+"""
