@@ -162,6 +162,8 @@ def _drop_dearest(plan: Plan, budget: Budget, workers: int) -> Plan:
 
 
 def _plan_of(sweep, spec: str, overrides: dict) -> Plan:
+    # Overrides from a command line are text, and must mean the same here and in the commands that `launch` prints.
+    overrides = {k: configs.parse_literal(v) if isinstance(v, str) else v for k, v in overrides.items()}
     path = spec.partition(":")[0]
     plan = Plan(os.path.splitext(os.path.basename(path))[0], spec, [])
     if isinstance(sweep, IsoFlop):

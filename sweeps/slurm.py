@@ -38,7 +38,9 @@ class CellJob:
             code = self.process.wait()
         status = store.run(self.run_id).get("status")
         if status not in ENDED:
-            store.end(self.run_id, "failed", f"trainer exited with code {code}; see log.txt", **self.fields)
+            said = (store.run_dir(self.run_id) / "log.txt").read_text(errors="replace").strip().splitlines()
+            reason = f"trainer exited with code {code}" + (f": {said[-1]}" if said else "")
+            store.end(self.run_id, "failed", reason, **self.fields)
             return "failed"
         return status
 

@@ -26,7 +26,7 @@ def get_config():
             "ffns": {"dense": {"activation": "relu2", "glu": False}},
         },
         "data": {"source": "sotu", "validation_tokens": 131072},
-        "optim": {"schedule": "linear", "warmup": 0.05, "decay": 0.5, "final_lr": 0.0, "beta2": 0.95},
+        "optim": {"schedule": "linear", "warmup": 0.05, "decay": 0.5, "final_lr": 0.0, "beta2": 0.99},
         "train": {"seq_len": SEQ_LEN, "batch_size": SEQUENCES, "steps_per_call": 32, "log_every": 64},
         "log": {"progress": False},
     })  # fmt: skip
@@ -40,6 +40,6 @@ def get_sweep():
             budget: [{"model.n_layers": layers, "model.d_model": width} for layers, width in sizes]
             for budget, sizes in SIZES.items()
         },
-        lr=inverse_width(0.6),
+        lr=inverse_width(0.2),
         batch=constant(SEQ_LEN * SEQUENCES),
     )

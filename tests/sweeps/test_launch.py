@@ -179,7 +179,10 @@ def test_print_launcher_gives_commands_that_train_the_same_runs(make_sweep, tmp_
     from efficient_lm import config as configs
 
     plan = make_sweep("ok", "a name")
-    assert launch.main(["--config", plan.config, "--store", str(tmp_path / "store"), "--launcher", "print"]) == 0
+    plan = make_plan(plan.config, {"train.steps": "7", "optim.lr": "1e-2", "model.pattern": "gla,attention"})
+    words = ["--config.train.steps=7", "--config.optim.lr=1e-2", "--config.model.pattern=gla,attention"]
+    store = str(tmp_path / "store")
+    assert launch.main(["--config", plan.config, "--store", store, "--launcher", "print", *words]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2 and not (tmp_path / "store").exists()
     for line, cell in zip(lines, plan.cells, strict=True):
