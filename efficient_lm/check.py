@@ -3,7 +3,9 @@
 import dataclasses
 
 from efficient_lm import blocks, ffn, mixers, norms
+from efficient_lm.data.batches import load_sources
 from efficient_lm.layers import layer_specs
+from efficient_lm.optim import OPTIMIZERS, SCHEDULES
 from efficient_lm.schema import ConfigError, build, nearest
 
 
@@ -14,6 +16,9 @@ def resolve(config):
         raise ConfigError("config.model.pattern = (): must name at least one block, for example ('attention',)")
     norms.NORMS.find(model.norm, "config.model.norm")
     blocks.RESIDUALS.find(model.residual, "config.model.residual")
+    load_sources().find(config.data.source, "config.data.source")
+    OPTIMIZERS.find(config.optim.name, "config.optim.name")
+    SCHEDULES.find(config.optim.schedule, "config.optim.schedule")
     used = layer_specs(model)
     if len(model.prefix) > model.n_layers:
         raise ConfigError(f"config.model.prefix = {model.prefix}: has more blocks than n_layers = {model.n_layers}")

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,8 +180,14 @@ def read_config_file(spec: str, function: str = "get_config"):
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
+    except ConfigError:
+        raise
     except SyntaxError as error:
         raise ConfigError(f"config = {path!r}: {error.msg} in line {error.lineno}") from None
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"line {line.lineno}" if line.filename == path else f"{line.filename}, line {line.lineno}"
+        raise ConfigError(f"config = {path!r}: {type(error).__name__}: {error} ({where})") from None
     get = getattr(module, function, None)
     if get is None:
         raise ConfigError(f"config = {path!r}: has no {function}()")

@@ -59,6 +59,9 @@ BAD = {
     ),
     "norm": ({"model": {"norm": "rms"}}, ["config.model.norm", "'rms'", "rmsnorm"]),
     "residual": ({"model": {"residual": "post"}}, ["config.model.residual", "'post'", "sandwich"]),
+    "data source": ({"data": {"source": "sotuu"}}, ["config.data.source", "'sotuu'", "did you mean 'sotu'"]),
+    "optimizer": ({"optim": {"name": "adam"}}, ["config.optim.name", "'adam'", "adamw"]),
+    "schedule name": ({"optim": {"schedule": "cos"}}, ["config.optim.schedule", "'cos'", "cosine"]),
     "empty pattern": ({"model": {"pattern": []}}, ["config.model.pattern"]),
     "long prefix": ({"model": {"n_layers": 1, "prefix": ["attention"] * 2}}, ["config.model.prefix", "n_layers = 1"]),
     "plugin": ({"model": {"plugins": ["no_such_module"]}}, ["config.model.plugins", "no_such_module"]),
@@ -145,9 +148,10 @@ def test_overrides_from_the_command_line(tmp_path):
         split_args(["--config.seed"])
     with pytest.raises(ConfigError, match="config.model.d_modl"):
         load(str(path), {"model.d_modl": "3"})
-    path.write_text("def get_config(:\n")
-    with pytest.raises(ConfigError, match="line 1"):
-        load(str(path))
+    for broken, message in (("def get_config(:\n", "line 1"), ("\nx = y\n", "NameError.*line 2")):
+        path.write_text(broken)
+        with pytest.raises(ConfigError, match=message):
+            load(str(path))
 
 
 def test_literals():
