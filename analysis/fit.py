@@ -37,6 +37,9 @@ def fit_law(law, table: Table, options: Options | None = None) -> Fit:
     if law.frontier:
         table = best_of_budgets(table)
     fit = law.fitter(table, options) if law.fitter else _fit_generic(law, table, options)
+    if "arch" in table.rows and table.rows["arch"].nunique() > 1:
+        names = ", ".join(map(str, table.rows["arch"].unique()[:4]))
+        fit.warnings.append(f"column 'arch' is mixed ({names}): one law through all of them; choose one with --where")
     fit.settings = plain({"law": law.formula, "source": law.source, **vars(options), **fit.settings})
     fit.data = plain(
         {

@@ -69,7 +69,7 @@ def build(
     comparisons = []
     if base in frontiers and variants:
         _, comparisons = compare_architectures(table, base, variants, axis, options)
-    shown = dict(zip(frontiers, share_floor(list(frontiers.values()))[0], strict=True))
+    shown = dict(zip(frontiers, share_floor(list(frontiers.values()))[0], strict=True)) if frontiers else {}
     return {
         "title": title,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -74,7 +74,7 @@ class Synthetic:
     ranges: Mapping[str, tuple[float, float]]
     tolerance: Mapping[str, float]
     noise: float = 1e-3
-    n: int = 80
+    n: int = 60
 
 
 @dataclass(frozen=True)

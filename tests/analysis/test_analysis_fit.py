@@ -174,7 +174,7 @@ def test_batched_minimiser_solves_each_problem_with_its_own_weights():
 
 def test_command_line_writes_the_contract(tmp_path):
     law = get_law("chinchilla")
-    data = pd.DataFrame(law.simulate(n=40)).rename(columns={"N": "params", "D": "tokens", "loss": "final loss"})
+    data = pd.DataFrame(law.simulate()).rename(columns={"N": "params", "D": "tokens", "loss": "final loss"})
     data.to_csv(tmp_path / "points.csv", index=False)
     argv = ["--law", "chinchilla", "--data", str(tmp_path / "points.csv"), "--out", str(tmp_path / "fit.json")]
     argv += ["--columns", "N=params,D=tokens,loss=final loss", "--bootstrap", "50", "--where", "loss < 4", "--quiet"]
@@ -184,7 +184,7 @@ def test_command_line_writes_the_contract(tmp_path):
     assert list(out["params"]) == ["E", "A", "B", "alpha", "beta"]
     for entry in [*out["params"].values(), *out["derived"].values()]:
         assert set(entry) == {"value", "lo", "hi"} and entry["lo"] <= entry["value"] <= entry["hi"]
-    assert out["refused"] is None and out["n"] + len(out["data"]["excluded"]) == 40
+    assert out["refused"] is None and out["n"] + len(out["data"]["excluded"]) == 60
     wanted = {"rmse_log", "r2", "largest_residuals", "converged", "share_of_starts_at_best", "jacobian_condition"}
     assert wanted <= set(out["quality"])
     # data drawn from the law: its intervals for the held-out rows hold

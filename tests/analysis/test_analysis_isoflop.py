@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.fit import fit_law
 from analysis.isoflop import best_of_budgets, budget_groups, fit_isoflop, fit_profile, next_sizes
 from analysis.load import load_table
 from analysis.result import Options
@@ -101,6 +102,11 @@ def test_too_few_accepted_budgets_are_refused(store):
     result = fit_isoflop(table, Options(bootstrap=50))
     assert "budgets have a minimum in N, 2 are needed" in result.refused
     assert result.params == {}
+
+
+def test_a_fit_through_mixed_architectures_is_marked(store):
+    result = fit_law("isoflop", load_table(store), Options(bootstrap=50))
+    assert "column 'arch' is mixed (attention, gla)" in result.warnings[0]
 
 
 def test_budgets_by_column_by_gaps_or_none():
