@@ -3,6 +3,7 @@
 A new implementation joins by a line in IMPLEMENTATIONS, a new family by one in FAMILIES.
 """
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from pallas_kernels import api
 
-IMPLEMENTATIONS = ("xla", "pallas_gpu")
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 # Gates: ordinary; decays near 0 (forget all), near 1 (forget nothing), a mix of both extremes.
 MODES = ("plain", "forget", "keep", "mixed")
 
@@ -158,6 +159,13 @@ def segment_ids(rng, s, boundaries=True):
     if not boundaries:
         return np.ones((s.B, s.T), np.int32)
     return (np.cumsum(rng.random((s.B, s.T)) < 0.12, 1) % 3 + 1).astype(np.int32)
+
+
+def has_kernel(op, implementation):
+    """Whether this package has such a kernel; mLSTM runs on linear attention."""
+    package = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(implementation, implementation)
+    op = "linear_attention" if op == "mlstm" else op
+    return importlib.util.find_spec(f"pallas_kernels.{package}.{op}") is not None
 
 
 def relative_error(x, reference):
