@@ -164,7 +164,8 @@ def compare(base: Frontier, variant: Frontier, level: float = 0.95) -> dict:
     out["judged"] = {"C": judged, "gain": last}
     span = np.log(C[-1] / C[0])
     if span > 0:
-        out["trend"] = interval(np.log(value[-1] / value[0]) / span, np.log(draws[:, -1] / draws[:, 0]) / span, level)
+        growth = np.log(draws[:, -1]) - np.log(draws[:, 0])
+        out["trend"] = interval(np.log(value[-1] / value[0]) / span, growth / span, level)
     out["floor"] = interval(base.floor, base.floor_draws, level) if shared else None
     out["constant_gain"] = None
     if shared:

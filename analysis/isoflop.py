@@ -6,8 +6,9 @@ refused with the reason. The power law x* = A C^a is least squares in log space 
 mean of the measured compute of the group (a nominal budget shifts exponents by .001-.003).
 
 Uncertainty: each parabola's coefficients are drawn from their multivariate t distribution (least-squares posterior;
-honest for the 4-8 points that a budget usually has, where resampling points degenerates), or Gaussian with the seed
-noise where that is known (arXiv:2406.19146); every draw passes through the power law.
+honest for the 4-8 points that a budget usually has, where resampling points degenerates), with the noise
+pooled over budgets where these are small, or known from seeds (arXiv:2406.19146). Every draw passes through the power
+law.
 """
 
 import time
@@ -81,13 +82,18 @@ def best_of_budgets(table: Table) -> Table:
 
 
 def fit_profile(
-    C: float, x, loss, rows, *, draws: int = 1000, level=0.95, seed_noise: float | None = None, seed: int = 0
-):
-    """Fits one budget's parabola; `x` and `loss` are [points], `rows` their labels. It refuses rather than raises."""
+    C: float, x, loss, rows, *, draws: int = 1000, level=0.95, noise: tuple[float, float] | None = None, seed: int = 0
+) -> Profile:
+    """Fits one budget's parabola; it refuses rather than raises.
+
+    Args:
+      x, loss, rows: [points], and the rows' labels.
+      noise: standard deviation of the loss and its degrees of freedom (inf where it is known); None: from these points.
+    """
     x, loss = np.asarray(x, float), np.asarray(loss, float)
     profile = Profile(C, x, loss, np.asarray(rows), float(np.mean(np.log10(x))))
     sizes = len(np.unique(np.round(np.log10(x), 6)))
-    if sizes < MIN_POINTS and not (seed_noise and sizes == 3):
+    if sizes < MIN_POINTS and not (noise and sizes == 3):
         profile.refused = f"too few points: {sizes} different sizes, at least {MIN_POINTS} are needed"
         return profile
     from scipy.stats import t as student
@@ -95,17 +101,15 @@ def fit_profile(
     u = np.log10(x) - profile.centre
     X = np.stack([np.ones_like(u), u, u * u], 1)
     coefficients = np.linalg.lstsq(X, loss, rcond=None)[0]
-    dof = len(x) - 3
     inverse = np.linalg.inv(X.T @ X)
-    variance = seed_noise**2 if seed_noise else float(np.sum((loss - X @ coefficients) ** 2)) / max(dof, 1)
-    half = student.ppf((1 + level) / 2, dof) if not seed_noise else student.ppf((1 + level) / 2, 1e9)
-    half *= np.sqrt(variance * inverse[2, 2])
+    sigma, dof = noise or (np.sqrt(np.sum((loss - X @ coefficients) ** 2) / (len(x) - 3)), len(x) - 3)
+    half = student.ppf((1 + level) / 2, dof) * sigma * np.sqrt(inverse[2, 2])
     c0, c1, c2 = coefficients
     profile.coefficients = coefficients
     profile.curvature = {"value": float(c2), "lo": float(c2 - half), "hi": float(c2 + half)}
 
     rng = np.random.default_rng(seed)
-    scale = np.sqrt(variance) if seed_noise else np.sqrt(variance * dof / rng.chisquare(dof, (draws, 1)))
+    scale = sigma * (np.sqrt(dof / rng.chisquare(dof, (draws, 1))) if np.isfinite(dof) else 1.0)
     sample = coefficients + scale * (rng.standard_normal((draws, 3)) @ np.linalg.cholesky(inverse).T)
     profile.x_draws, profile.loss_draws = _minimum(sample, profile.centre)
     lo, hi = u.min(), u.max()
@@ -149,7 +153,8 @@ def _lowest(coefficients, lo, hi):
 def profiles(frame, variable: str = "N", options: Options | None = None) -> list[Profile]:
     """The profile of every budget of a frame with columns C, loss and `variable`, cheapest first.
 
-    Raises ValueError where the rows do not form budgets.
+    Where a budget has fewer than 9 points, too few to tell its own noise, all budgets share one noise level, pooled
+    over their residuals. Raises ValueError where the rows do not form budgets.
     """
     options = options or Options()
     C = np.asarray(frame["C"], float)
@@ -158,14 +163,26 @@ def profiles(frame, variable: str = "N", options: Options | None = None) -> list
         raise ValueError(
             "column 'C' does not form budgets (groups of nearly equal compute); name them in a column 'budget'"
         )
-    return [
-        fit_profile(
-            float(C[rows].mean()), frame[variable].to_numpy(float)[rows], frame["loss"].to_numpy(float)[rows],
-            frame.index[rows], draws=max(options.bootstrap, 1), level=options.level,
-            seed_noise=options.seed_noise, seed=options.seed + i,
-        )
-        for i, rows in enumerate(groups)
-    ]  # fmt: skip
+    x, loss = frame[variable].to_numpy(float), frame["loss"].to_numpy(float)
+
+    def fit_all(noise):
+        return [
+            fit_profile(
+                float(C[rows].mean()), x[rows], loss[rows], frame.index[rows], draws=max(options.bootstrap, 1),
+                level=options.level, noise=noise, seed=options.seed + i,
+            )
+            for i, rows in enumerate(groups)
+        ]  # fmt: skip
+
+    if options.seed_noise:
+        return fit_all((options.seed_noise, np.inf))
+    found = fit_all(None)
+    usable = [p for p in found if p.coefficients is not None]
+    if len(usable) < 2 or min(len(p.x) for p in usable) >= 9:
+        return found
+    dof = sum(len(p.x) - 3 for p in usable)
+    sigma = np.sqrt(sum(np.sum(_residuals(p) ** 2) for p in usable) / dof)
+    return fit_all((max(sigma, 1e-12), dof))
 
 
 def next_sizes(profile: Profile) -> list[float]:

@@ -110,7 +110,9 @@ def _run_row(path: Path) -> dict | None:
     except ValueError as err:
         return {"run_id": path.name, "status": "unreadable", "reason": f"run.json is not valid JSON ({err})"}
     params, flops, data = (run.get(key) or {} for key in ("params", "flops", "data"))
-    spec = [str(data[key]) for key in ("name", "tokenizer", "tokenizer_hash", "vocab_size") if data.get(key)]
+    tokenizer = data.get("tokenizer")
+    parts = [data.get("name"), tokenizer.get("name") if isinstance(tokenizer, dict) else tokenizer]
+    spec = [str(part) for part in (*parts, data.get("tokenizer_hash"), data.get("vocab_size")) if part]
     row = {
         "run_id": run.get("run_id", path.name),
         "name": run.get("name"),

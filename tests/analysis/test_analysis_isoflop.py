@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from analysis.fit import fit_law
-from analysis.isoflop import best_of_budgets, budget_groups, fit_isoflop, fit_profile, next_sizes
+from analysis.isoflop import best_of_budgets, budget_groups, fit_isoflop, fit_profile, next_sizes, profiles
 from analysis.load import load_table
 from analysis.result import Options
 from tests.analysis.conftest import public_table
@@ -80,9 +80,9 @@ def test_budgets_without_a_minimum_are_refused(profile, reason, edge):
 
 def test_known_seed_noise_allows_three_sizes():
     x, loss = parabola(sizes=3)
-    found = fit_profile(1e18, x, loss, range(3), seed_noise=0.002)
+    found = fit_profile(1e18, x, loss, range(3), noise=(0.002, np.inf))
     assert found.refused is None and found.x_opt == pytest.approx(20e6)
-    wider = fit_profile(1e18, x, loss, range(3), seed_noise=0.004)
+    wider = fit_profile(1e18, x, loss, range(3), noise=(0.004, np.inf))
     assert np.nanstd(np.log(wider.x_draws)) > 1.5 * np.nanstd(np.log(found.x_draws))
 
 
@@ -123,3 +123,25 @@ def test_frontier_keeps_one_run_a_budget(store):
     table = best_of_budgets(load_table(store, where="arch == 'gla'"))
     assert len(table.rows) == 3
     assert (table.excluded["reason"] == "not the best run of its budget").sum() == 15
+
+
+def test_small_budgets_share_one_noise_level():
+    """With 5 points a budget, 95 % intervals of all minima hold, and are narrower than from each budget's own noise."""
+    inside, widths = [], []
+    for seed in range(60):
+        parts = [parabola(0.006, 100 * seed + i, sizes=5) for i in range(3)]
+        frame = pd.DataFrame(
+            {
+                "C": np.repeat([1e18, 3e18, 1e19], 5),
+                "N": np.concatenate([x for x, _ in parts]),
+                "loss": np.concatenate([loss for _, loss in parts]),
+            }
+        )
+        pooled = profiles(frame, "N", Options(bootstrap=300, seed=seed))
+        own = [fit_profile(1e18, x, loss, range(5), draws=300, seed=seed) for x, loss in parts]
+        for p, q in zip(pooled, own, strict=True):
+            lo, hi = np.nanquantile(p.x_draws, [0.025, 0.975])
+            inside.append(lo <= 20e6 <= hi)
+            widths.append((p.curvature["hi"] - p.curvature["lo"]) / (q.curvature["hi"] - q.curvature["lo"]))
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.05)  # 180 intervals, three at a time correlated
+    assert np.median(widths) < 0.8
