@@ -3,7 +3,7 @@
   python -m pallas_kernels.gpu.bench_gpu --out analysis/results/kernels/h100.json [--peers fla_bench.json]
 
 Every row is one operator at one shape, forward and forward + backward (all gradients, gates included), bf16, fresh
-random inputs. `ms`: calls with the L2 cache flushed before each, launches included (time of flush + call less time of flush).
+random inputs. `ms`: calls with the L2 cache flushed before each, launches included (flush + call less flush alone).
 `kernel_ms`: the same call repeated inside one jitted loop, L2 warm, no host in between. `floor_ms`: the larger of FLOPs
 over the measured matmul rate and compulsory bytes over the measured copy rate. Medians. `--peers` takes the JSON of a
 benchmark run on the same GPU whose rows have op, shape, mode, ms and graph_ms.

@@ -3,9 +3,7 @@
 Serves linear attention (2006.16236), RetNet (2307.08621), Lightning Attention (2401.04658), Mamba-2 (2405.21060) and
 sigmoid-gated mLSTM. States are float32 and stay on chip; residuals are the inputs and one state per piece of T.
 
-With S_t = e^(g_t) S_{t-1} + k_t v_t^T and o_t = scale S_t^T q_t, the gradient of the gates needs no product of its
-own: dg_t = sum_{t <= i <= n} (q_i . dq_i - k_i . dk_i) + <S_n, dS_n> for any n >= t. The row sums are float32 and taken
-inside the kernels; n is the end of t's span of 512 tokens: over a whole sequence the rounding of the sums would add up.
+The gradient of the gates needs no product of its own, see `gates.gate_gradient`; the kernels take its float32 row sums.
 """
 import functools
 
@@ -13,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels.gpu.decay_pass import CHUNK, decay_pass, decay_pass_pair
+from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
+from pallas_kernels.gpu.gates import chunk_decays, gate_gradient, pad_tokens, token_decays
+from pallas_kernels.gpu.tiles import CHUNK
 from pallas_kernels.steps import repeat_heads
 
-LOG2E = 1.4426950408889634
-FORGET = -160.0  # log2 decay that empties a float32 state; a finite stand-in for -inf, so that differences stay exact
 PROGRAMS = {64: 264, 128: 132}  # resident programs of one H100 (132 multiprocessors), by value head size
 MIN_PIECE_CHUNKS = 8
-SAVE_EVERY = 8  # chunks between the states saved for the gradient of the gates
+SAVE_EVERY = 4  # chunks between the states saved for the gradient of the gates
 
 
 def supports(q, k, v, log_decay=None, *, chunk_size=None, **_):
@@ -54,17 +52,9 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
         raise ValueError(f"pallas_gpu linear_attention: {reason}")
     b_size, t_size, heads, _ = v.shape
     q, k = repeat_heads(q, heads), repeat_heads(k, heads)
-    decay = None
-    if log_decay is not None or segment_ids is not None:
-        decay = jnp.zeros((heads,), jnp.float32) if log_decay is None else log_decay.astype(jnp.float32)
-        decay = jnp.maximum(jnp.broadcast_to(decay * LOG2E, (b_size, t_size, heads)), FORGET)
-    if segment_ids is not None:
-        new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-        decay = jnp.where(new[..., None], FORGET, decay)
-    if pad := -t_size % CHUNK:  # zero tokens without decay change neither state nor gradients
-        widths = ((0, 0), (0, pad), (0, 0))
-        q, k, v = (jnp.pad(a, (*widths, (0, 0))) for a in (q, k, v))
-        decay = decay if decay is None else jnp.pad(decay, widths)
+    decay = token_decays(log_decay, segment_ids, b_size, t_size, heads)
+    # zero tokens without decay change neither state nor gradients
+    q, k, v, decay = (None if x is None else pad_tokens(x) for x in (q, k, v, decay))
     if initial_state is not None:
         initial_state = initial_state.astype(jnp.float32)
     o, state = _linear_attention(q, k, v, decay, initial_state, scale, interpret)
@@ -77,23 +67,6 @@ def count_pieces(b_size, t_size, heads, v_size):
     wanted = min(PROGRAMS[v_size] // (b_size * heads), chunks // MIN_PIECE_CHUNKS)
     per_piece = -(-chunks // max(1, wanted))
     return -(-chunks // per_piece)
-
-
-def _running_sum(x, reverse=False):
-    """Inclusive sum along the last axis as a product with a triangle: one kernel where a scan would be many."""
-    size = x.shape[-1]
-    ones = jnp.tril(jnp.ones((size, size), jnp.float32)) if reverse else jnp.triu(jnp.ones((size, size), jnp.float32))
-    return jnp.matmul(x, ones, precision="highest")
-
-
-def _chunk_decays(decay, reverse):
-    """[B, T, H] log2 decays -> (c [B, H, N, 64], total [B, H, N]) as `decay_pass` wants them."""
-    if decay is None:
-        return None, None
-    b_size, t_size, heads = decay.shape
-    c = _running_sum(decay.transpose(0, 2, 1).reshape(b_size, heads, t_size // CHUNK, CHUNK))
-    total = c[..., -1]
-    return (total[..., None] - c if reverse else c), total
 
 
 def _piece_states(local, total, init, pieces, reverse):
@@ -136,7 +109,7 @@ def _linear_attention(q, k, v, decay, init, scale, interpret):
 
 def _forward(q, k, v, decay, init, scale, interpret, save_every=0):
     pieces = count_pieces(*q.shape[:3], v.shape[-1])
-    c, total = _chunk_decays(decay, reverse=False)
+    c, total = chunk_decays(decay)
     states = _entering_states(k, v, c, total, init, pieces=pieces, reverse=False, interpret=interpret)
     out = decay_pass(q, k, v, c, total, states, None, scale=scale, reverse=False, pieces=pieces, stages=2,
                      save_every=save_every, interpret=interpret)
@@ -158,7 +131,7 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
     pieces = count_pieces(*q.shape[:3], v.shape[-1])
-    c, total = _chunk_decays(decay, reverse=False)
+    c, total = chunk_decays(decay)
     transposed = None if states is None else states.swapaxes(-1, -2)
     dq = decay_pass(do, v, k, c, total, transposed, None if saved is None else q, scale=scale, reverse=False,
                     pieces=pieces, stages=2, interpret=interpret)
@@ -172,22 +145,9 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     if saved is not None:
         at_end = jnp.zeros(final.shape[:2], jnp.float32) if dfinal is None else jnp.sum(final * dfinal, axis=(-1, -2))
         rows = jnp.sum(dq["r"], axis=2) - dkv["r"]
-        ddecay = _gate_gradient(rows, scale * jnp.sum(dkv["f"], axis=-1), at_end) / LOG2E
+        inner = scale * jnp.sum(dkv["f"], axis=-1)[..., : q.shape[1] // (SAVE_EVERY * CHUNK)]
+        ddecay = gate_gradient(rows, inner, at_end, SAVE_EVERY)
     return dq["o"], dkv["dk"], dkv["dv"], ddecay, None if has_init is None else dkv["state"][:, :, 0] * scale
-
-
-def _gate_gradient(rows, at_saved, at_end):
-    """dg [B, T, H] from rows q.dq - k.dk [B, H, T] and <S, dS> at the saved places [B, H, M] and at the end [B, H]."""
-    b_size, heads, t_size = rows.shape
-    span = SAVE_EVERY * CHUNK
-    spans = -(-t_size // span)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spans * span - t_size))).reshape(b_size, heads, spans, SAVE_EVERY, CHUNK)
-    within = _running_sum(rows, reverse=True)
-    chunks = within[..., 0]
-    after = _running_sum(chunks, reverse=True) - chunks
-    ends = jnp.concatenate([at_saved[..., : t_size // span], at_end[..., None]], axis=-1)[..., :spans]
-    dg = within + (after + ends[..., None])[..., None]
-    return dg.reshape(b_size, heads, spans * span)[..., :t_size].transpose(0, 2, 1)
 
 
 _linear_attention.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

@@ -46,13 +46,17 @@ def add_products(*terms, interpret):
 
 
 def products(*pairs):
-    """[a @ b for (a, b) in pairs] of shared-memory tiles, all in flight together."""
+    """[a @ b for (a, b) in pairs] of shared-memory tiles, all in flight together; tuples of tiles are summed over."""
+    pairs = [(a, b) if isinstance(a, tuple) else ((a,), (b,)) for a, b in pairs]
+
     def fresh(*refs):
-        for ref, (a, b) in zip(refs, pairs, strict=True):
-            plgpu.wgmma(ref, a, b)
+        for ref, (left, right) in zip(refs, pairs, strict=True):
+            for a, b in zip(left, right, strict=True):
+                plgpu.wgmma(ref, a, b)
         return [ref[...] for ref in refs]
 
-    return pl.run_scoped(fresh, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
+    shapes = [(left[0].shape[0], right[0].shape[1]) for left, right in pairs]
+    return pl.run_scoped(fresh, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
 def decayed_scores(a, c_row, c_ref, reverse):
@@ -64,6 +68,16 @@ def decayed_scores(a, c_row, c_ref, reverse):
         return jnp.where(keep, a, 0.0)
     gap = rows(c_row, a.shape) - columns(plgpu.load(c_ref, layout=WGMMA.reduce(0)), a.shape)
     return a * jnp.exp2(jnp.where(keep, gap, -jnp.inf))  # mask the exponent: where it is dropped it may be large
+
+
+def later_scores(a, c_row, c_ref):
+    """The transpose of `decayed_scores(a^T, ...)`: row j holds what token j gives to the tokens from j on."""
+    row = plgpu.broadcasted_iota(jnp.int32, a.shape, 0, layout=WGMMA)
+    col = plgpu.broadcasted_iota(jnp.int32, a.shape, 1, layout=WGMMA)
+    if c_ref is None:
+        return jnp.where(row <= col, a, 0.0)
+    gap = columns(plgpu.load(c_ref, layout=WGMMA.reduce(0)), a.shape) - rows(c_row, a.shape)
+    return a * jnp.exp2(jnp.where(row <= col, gap, -jnp.inf))
 
 
 class Walk:

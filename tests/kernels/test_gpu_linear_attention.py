@@ -1,4 +1,4 @@
-"""Hopper kernels of scalar-decay linear attention: lowered for CUDA anywhere, interpreted on CPU, run on a GPU if there."""
+"""Hopper kernels of scalar-decay linear attention: lowered for CUDA, interpreted on CPU, and run where there is a GPU."""
 import functools
 import os
 

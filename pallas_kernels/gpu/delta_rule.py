@@ -1,0 +1,111 @@
+"""DeltaNet (2406.06484) and Gated DeltaNet (2412.06464) on Hopper GPUs through Pallas Mosaic GPU.
+
+Forward: the chunks' triangular inverses, then one walk with the state on chip. Residuals are the inputs and the
+inverses; the backward pass repeats the walk to write the states entering the chunks, then makes all gradients in one
+reverse walk.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from pallas_kernels.gpu.delta_pass import chunk_inverses, delta_backward, delta_forward
+from pallas_kernels.gpu.gates import by_chunk, chunk_decays, gate_gradient, pad_tokens, token_decays
+from pallas_kernels.gpu.tiles import BLOCK, CHUNK
+from pallas_kernels.steps import repeat_heads
+
+# dbeta is computed as a quotient by beta; this much is added to what a beta of 0 writes, 2^-20 of a full write.
+LEAST_BETA = 2.0**-20
+FEW_HEADS = 66  # at most this many (batch, head) pairs: give each value block a program of its own
+
+
+def supports(q, k, v, beta=None, log_decay=None, *, chunk_size=None, **_):
+    """None where `delta_rule` takes these arrays, else why not, in one line. Looks at shapes and dtypes only."""
+    del beta
+    if chunk_size not in (None, CHUNK):
+        return f"chunk_size must be {CHUNK} or None, got {chunk_size}"
+    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+        return f"q, k, v must be bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if q.shape[1] == 0:
+        return "T must be at least 1"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
+        return f"key and value head sizes must both be 64 or both 128, got {q.shape[-1]} and {v.shape[-1]}"
+    if log_decay is not None and log_decay.ndim not in (1, 3):
+        return f"log_decay must be None, [H] or [B, T, H], got {log_decay.shape}"
+    return None
+
+
+def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segment_ids=None, interpret=None):
+    """S' = exp(log_decay_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, o_t = scale S_t^T q_t.
+
+    Args:
+      q, k: [B, T, Hk, D]; v: [B, T, H, D], H a multiple of Hk; bf16, D 64 or 128, any T; beta |k|^2 <= 2.
+      beta: [B, T, H] in [0, 2]. log_decay: None, [H] or [B, T, H], natural log, <= 0.
+      initial_state: float32 [B, H, D, D] or None for zero.
+      segment_ids: int [B, T] or None; the state is emptied where the id changes.
+    Returns: (o [B, T, H, D] in the dtype of v, final state float32 [B, H, D, D]).
+    Raises: ValueError where `supports` gives a reason.
+    """
+    if reason := supports(q, k, v, beta, log_decay):
+        raise ValueError(f"pallas_gpu delta_rule: {reason}")
+    b_size, t_size, heads, _ = v.shape
+    q, k = repeat_heads(q, heads), repeat_heads(k, heads)
+    decay = token_decays(log_decay, segment_ids, b_size, t_size, heads)
+    beta = jnp.maximum(beta.astype(jnp.float32), LEAST_BETA)
+    # zero keys without decay change neither state nor gradients
+    q, k, v, beta, decay = (None if x is None else pad_tokens(x) for x in (q, k, v, beta, decay))
+    if initial_state is not None:
+        initial_state = initial_state.astype(jnp.float32)
+    o, state = _delta_rule(q, k, v, beta, decay, initial_state, scale, interpret)
+    return o[:, :t_size], state
+
+
+def _gates(beta, decay):
+    """float32 [B, H, N, 2, 64], in-chunk log2 decays and beta, and the chunks' total decays [B, H, N] or None."""
+    beta = by_chunk(beta)
+    c, total = chunk_decays(decay)
+    return jnp.stack([jnp.zeros_like(beta) if c is None else c, beta], axis=3), total
+
+
+def _split(v):
+    return v.shape[-1] // BLOCK if v.shape[0] * v.shape[2] <= FEW_HEADS else 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _delta_rule(q, k, v, beta, decay, init, scale, interpret):
+    return _forward(q, k, v, beta, decay, init, scale, interpret)[0]
+
+
+def _forward(q, k, v, beta, decay, init, scale, interpret):
+    gates, total = _gates(beta, decay)
+    inverse = chunk_inverses(k, gates, decay=total is not None, interpret=interpret)
+    out = delta_forward(q, k, v, inverse, gates, total, init, scale=scale, split=_split(v), interpret=interpret)
+    return (out["o"], out["state"]), inverse
+
+
+def _vjp_forward(q, k, v, beta, decay, init, scale, interpret):
+    gate_grad = decay is not None and decay.perturbed
+    arrays = tuple(None if a is None else a.value for a in (q, k, v, beta, decay, init))
+    out, inverse = _forward(*arrays, scale, interpret)
+    return out, (arrays, inverse, out[1] if gate_grad else None)
+
+
+def _vjp_backward(scale, interpret, residuals, cotangents):
+    (q, k, v, beta, decay, init), inverse, final = residuals
+    do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
+    do = jnp.zeros_like(v) if do is None else do
+    gates, total = _gates(beta, decay)
+    walk = delta_forward(None, k, v, inverse, gates, total, init, scale=scale, split=_split(v), interpret=interpret)
+    grads = delta_backward(q, k, do, walk["u"], inverse, walk["entering"], gates, total, dfinal, scale=scale,
+                           interpret=interpret)
+    dbeta = jnp.sum(grads["dbeta"], axis=2).transpose(0, 2, 1)
+    ddecay = None
+    if final is not None:
+        at_end = jnp.zeros(final.shape[:2], jnp.float32) if dfinal is None else jnp.sum(final * dfinal, axis=(-1, -2))
+        inner = jnp.sum(grads["inner"], axis=-1)[..., 1:]  # after a chunk is before the next
+        ddecay = gate_gradient(jnp.sum(grads["dc"], axis=2), inner, at_end, 1)
+    return grads["dq"], grads["dk"], grads["dv"], dbeta, ddecay, None if init is None else grads["state"]
+
+
+_delta_rule.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
