@@ -4,10 +4,12 @@ The trainer runs as a child process: on the signal before the time limit (or a p
 `checkpoint()` inside a signal handler, where the child can be told to save and be waited for.
 """
 
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 
 from efficient_lm.schema import ConfigError
 from sweeps.local import longest_first, run_fields
@@ -48,13 +50,21 @@ class CellJob:
         """Called by submitit before the job is requeued: lets the trainer save."""
         import submitit
 
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(SAVE_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+        if self.process is not None:
+            deadline = time.monotonic() + SAVE_SECONDS
+            if not _ended(self.process.pid):
+                os.kill(self.process.pid, signal.SIGTERM)
+            while not _ended(self.process.pid) and time.monotonic() < deadline:
+                time.sleep(0.2)
         return submitit.helpers.DelayedSubmission(CellJob(self.command, self.store, self.run_id, self.fields))
+
+
+def _ended(pid: int) -> bool:
+    """Whether a child has ended. Not Popen.poll or .wait, which the interrupted `wait` has locked."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 def launch(cells, store: Store, args) -> int:
