@@ -210,6 +210,8 @@ def _evaluate(A, a, C):
 
 def fit_isoflop(table: Table, options: Options) -> Fit:
     """The registered law `isoflop`: parabolas in N (and in D where there is such a column), then power laws."""
+    if options.fix:
+        raise ValueError(f"fix {dict(options.fix)}: law isoflop cannot hold parameters")
     began = time.perf_counter()
     frame, warnings = table.rows, []
     axes = [("N", "A_N", "a_N")] + ([("D", "A_D", "a_D")] if "D" in frame else [])

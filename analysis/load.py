@@ -65,7 +65,7 @@ class Table:
 
 
 def load_runs(store, *, n: str = "nonemb_head", c: str = "model_causal") -> pd.DataFrame:
-    """Every run of a store `runs/NAME/*/run.json` as one row, whatever its status.
+    """Every run of a store `runs/NAME/*/run.json` as one row, whatever its status, in the order of the sweep's plan.
 
     Columns: run_id, name, status, reason, N, D, C, loss, bpb, seed, wall_seconds, `N_*` and `C_*` under the other
     accountings, `data` (what was trained on, to notice losses that cannot be compared) and one per sweep axis.
@@ -81,9 +81,11 @@ def load_runs(store, *, n: str = "nonemb_head", c: str = "model_causal") -> pd.D
     if not store.is_dir():
         raise DataError(f"store {store} is not a directory")
     rows = [_run_row(path) for path in sorted(store.iterdir()) if path.is_dir()]
-    rows = [row for row in rows if row]
+    planned = _planned_rows(store)
+    order = {row["run_id"]: i for i, row in enumerate(planned)}
+    rows = sorted((row for row in rows if row), key=lambda row: order.get(row["run_id"], len(order)))
     known = {row["run_id"] for row in rows}
-    rows += [row for row in _planned_rows(store) if row["run_id"] not in known]
+    rows += [row for row in planned if row["run_id"] not in known]
     if not rows:
         raise DataError(f"store {store} holds no run (no */run.json)")
     frame = pd.DataFrame(rows)

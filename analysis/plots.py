@@ -71,7 +71,7 @@ def _colour_bar(figure, axes, norm, label="training compute C (FLOP)"):
 
 @_styled
 def loss_curves(curves, runs, *, group: str = "arch", excluded=None):
-    """Training loss against training FLOPs, one panel per architecture.
+    """Training loss against training FLOPs, smoothed, one panel per architecture.
 
     Args:
       curves: from `load.load_curves`, columns run_id, flops, loss.
@@ -88,30 +88,33 @@ def loss_curves(curves, runs, *, group: str = "arch", excluded=None):
         lost = excluded if excluded is None or group not in excluded else excluded[excluded[group] == name]
         for run_id in [] if lost is None or "run_id" not in lost else lost["run_id"]:
             if run_id in lines:
-                ax.plot(*_thin(lines[run_id]), color="0.6", lw=0.9, ls="--", label="excluded")
+                ax.plot(*_smooth(lines[run_id]), color="0.6", lw=0.9, ls="--", label="excluded")
         for run in mine.sort_values("C").itertuples():
             colour = COMPUTE(norm(run.C))
             if run.run_id in lines:
-                ax.plot(*_thin(lines[run.run_id]), color=colour, lw=1.1, alpha=0.9)
+                ax.plot(*_smooth(lines[run.run_id]), color=colour, lw=1.1, alpha=0.9)
             ax.plot(run.C, run.loss, "o", color=colour, ms=4, mec="white", mew=0.5)
         ax.set(xscale="log", yscale="log", title=str(name), xlabel="training compute so far (FLOP)")
+        ax.plot([], [], "o", color="0.4", ms=4, label="final validation loss")
         handles, labels = ax.get_legend_handles_labels()
-        if handles:
-            ax.legend(handles[:1], labels[:1])
+        unique = dict(zip(labels, handles, strict=True))
+        ax.legend(unique.values(), unique.keys(), loc="lower left")
     if finals:
         low = min(min(finals), runs["loss"].min())
         axes[0, 0].set_xlim(runs["C"].min() / 50, runs["C"].max() * 1.5)
         axes[0, 0].set_ylim(low * 0.97, max(low * 2.2, runs["loss"].max() * 1.15))
-    axes[0, 0].set_ylabel("loss (nats/token)")
+    axes[0, 0].set_ylabel("training loss (nats/token), smoothed")
     _plain_log(axes[0, 0].yaxis)
     _colour_bar(figure, axes, norm)
     return figure
 
 
-def _thin(curve, points: int = 300):
+def _smooth(curve, per_decade: int = 10):
+    """Means over bins of equal width in log compute: the loss of a single batch is too noisy to draw."""
     curve = curve[np.isfinite(curve["loss"].astype(float)) & (curve["flops"] > 0)]
-    keep = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), points)).astype(int))
-    return curve["flops"].to_numpy(float)[keep], curve["loss"].to_numpy(float)[keep]
+    bins = np.floor(per_decade * np.log10(curve["flops"].to_numpy(float)))
+    means = curve[["flops", "loss"]].astype(float).groupby(bins).mean()
+    return means["flops"].to_numpy(), means["loss"].to_numpy()
 
 
 @_styled

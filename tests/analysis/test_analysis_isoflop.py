@@ -107,6 +107,8 @@ def test_too_few_accepted_budgets_are_refused(store):
 def test_a_fit_through_mixed_architectures_is_marked(store):
     result = fit_law("isoflop", load_table(store), Options(bootstrap=50))
     assert "column 'arch' is mixed (attention, gla)" in result.warnings[0]
+    with pytest.raises(ValueError, match="law isoflop cannot hold parameters"):
+        fit_law("isoflop", load_table(store), Options(fix={"a_N": 0.5}))
 
 
 def test_budgets_by_column_by_gaps_or_none():
