@@ -15,7 +15,7 @@ from efficient_lm.schema import ConfigError
 class Cell:
     """One run: `overrides` {'model.d_model': 64} of config file `base` ('file.py:variant'), `axes` {'arch': 'gla'}.
 
-    `base` '' means the sweep file itself, which then has a `get_config` beside `get_sweep`.
+    `base` '' means the sweep file itself, which then has a `get_config` beside `get_sweep`, for the same argument.
     """
 
     overrides: dict = field(default_factory=dict)

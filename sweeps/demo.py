@@ -61,6 +61,7 @@ def _demo(args, overrides) -> int:
 
     report = store.path / "report.html"
     command = [sys.executable, "-m", "analysis.report", "--store", str(store.path), "--out", str(report)]
+    command += ["--base", plan.cells[0].arch]
     reported = subprocess.run(command).returncode
     spent["report"] = time.monotonic() - started
 

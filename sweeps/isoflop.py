@@ -100,7 +100,7 @@ class IsoFlop:
         label = f"{arch.axes['arch']} C={budget:g}"
         candidates = []
         for shape in shapes:
-            cell = arch | Cell({**self.extra, **shape}, {"budget": budget})
+            cell = arch | Cell(self.extra) | Cell(shape, {"budget": budget})
             candidates.append(Candidate.size_up(values, cell, budget, self.convention))
         if not isinstance(self.shapes, dict):
             candidates = self._near_optimal(candidates)

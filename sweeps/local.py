@@ -174,6 +174,7 @@ class Progress:
             total=100.0,
             disable=not enabled,
             dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,
             bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}",
             file=sys.stderr,
         )

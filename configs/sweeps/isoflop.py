@@ -17,8 +17,9 @@ SEQ_LEN = 256
 
 # (layers, width): depth grows with the square root of the width, about 64 channels per head.
 SHAPES = [
-    (1, 16), (2, 16), (2, 24), (2, 32), (2, 48), (2, 64), (3, 64), (3, 96), (4, 96), (4, 128), (5, 128), (5, 160), (6, 192),
-    (7, 256), (8, 320), (9, 384), (10, 448), (10, 512), (12, 640), (13, 768), (15, 896), (16, 1024), (18, 1280), (20, 1536),
+    (1, 16), (2, 16), (2, 24), (2, 32), (2, 48), (2, 64), (3, 64), (3, 96), (4, 96), (4, 128), (5, 128), (5, 160),
+    (6, 192), (7, 256), (8, 320), (9, 384), (10, 448), (10, 512), (12, 640), (13, 768), (15, 896), (16, 1024),
+    (18, 1280), (20, 1536),
 ]  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def get_config(variant="float32"):
     return ConfigDict({
         "model": {"dtype": "bfloat16" if variant == "bf16" else "float32"},
         "data": {"source": "sotu"},
-        "optim": {"schedule": "wsd", "warmup": 0.05, "decay": 0.3, "final_lr": 0.0},
+        "optim": {"schedule": "wsd", "warmup": 0.05, "decay": 0.3, "final_lr": 0.0, "beta2": 0.99},
         "train": {"seq_len": SEQ_LEN, "batch_size": 16, "steps_per_call": 16, "log_every": 64},
         "log": {"progress": False},
     })  # fmt: skip
@@ -45,8 +46,8 @@ def get_sweep(variant="float32"):
         budgets=Ladder(top=3e13, count=5, ratio=3.0),
         points=6,
         tokens_per_parameter=(3.0, 300.0),
-        # 0.6 / width was near the optimum at widths 16 to 96; check it with a small sweep before large runs.
-        lr=LR_RULES["step_law"] if published else inverse_width(0.6),
+        # Near the optimum at width 32 with batches of 512 tokens; check it with a small sweep before large runs.
+        lr=LR_RULES["step_law"] if published else inverse_width(0.2),
         batch=BATCH_RULES["step_law"] if published else constant(16 * SEQ_LEN),
     )
 
