@@ -15,8 +15,9 @@ from pathlib import Path
 from efficient_lm import config as configs
 from efficient_lm.schema import ConfigError
 from sweeps import launch
-from sweeps.plan import duration, make_plan, table, totals
+from sweeps.plan import make_plan
 from sweeps.store import Store
+from sweeps.tables import duration, table, totals
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sweeps" / "demo.py"
 # One core each is what pays for models this small; more than a few workers would wait for the longest cell.

@@ -9,6 +9,7 @@ from efficient_lm import config as configs
 from efficient_lm.schema import ConfigError
 from sweeps import local, plan
 from sweeps.store import Store
+from sweeps.tables import duration, totals
 
 LAUNCHERS = ("local", "slurm", "print")
 EXIT_FAILED, EXIT_CONFIG, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 75
@@ -34,7 +35,7 @@ def _launch(args, overrides) -> int:
             print(command(cell, store))
         return 0
     workers = plan.default_workers(args.workers)
-    print(plan.totals(planned, workers, store))
+    print(totals(planned, workers, store))
     if args.launcher == "slurm":
         from sweeps import slurm
 
@@ -71,7 +72,7 @@ def summary(cells, store: Store, ran: int, seconds: float) -> str:
     for cell in cells:
         by_state.setdefault(store.state(cell.run_id), []).append(cell)
     counts = ", ".join(f"{len(found)} {state}" for state, found in by_state.items())
-    lines = [f"{len(cells)} cells: {counts} ({ran} run now, {plan.duration(seconds)})"]
+    lines = [f"{len(cells)} cells: {counts} ({ran} run now, {duration(seconds)})"]
     for state in ("failed", "diverged"):
         for cell in by_state.get(state, []):
             lines.append(f"{state}: {cell.label} ({cell.run_id}): {store.run(cell.run_id).get('reason')}")

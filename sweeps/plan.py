@@ -12,6 +12,7 @@ from efficient_lm.schema import ConfigError
 from sweeps.combine import Cell, as_cells
 from sweeps.isoflop import IsoFlop, Ladder, resolve
 from sweeps.store import Store
+from sweeps.tables import table, totals
 from sweeps.timing import Budget, Calibration, parse_budget
 
 
@@ -82,15 +83,17 @@ class PlannedCell:
 
 @dataclass
 class Plan:
-    """Cells in the order of the sweep file, what was left out and why, and warnings."""
+    """Cells in the order of the sweep file, what was left out and why, warnings, and where times were measured."""
 
     name: str
     config: str
     cells: list[PlannedCell]
     dropped: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    measured_on: list[str] = field(default_factory=list)
 
     def predict(self, calibration: Calibration) -> None:
+        self.measured_on = calibration.devices()
         self.cells = [dataclasses.replace(c, predicted_seconds=calibration.predict(c)) for c in self.cells]
 
     def total_seconds(self) -> float | None:
@@ -189,70 +192,11 @@ def _plan_of(sweep, spec: str, overrides: dict) -> Plan:
     return plan
 
 
-# ------------------------------------------------------------------------------------------------ command line
-
-
-def table(plan: Plan, store: Store | None = None) -> str:
-    """The plan as text: one line a cell, then totals."""
-    header = ["cell", "params", "tokens", "FLOPs", "tok/param", "lr", "batch", "steps", "seconds", "run_id", "state"]
-    rows = []
-    for cell in plan.cells:
-        seconds = "-" if cell.predicted_seconds is None else f"{cell.predicted_seconds:.1f}"
-        used = cell.params["active"]
-        state = store.state(cell.run_id) if store else "-"
-        rows.append([
-            cell.label, f"{used:,}", f"{cell.tokens:,}", f"{cell.flops:.4g}", f"{cell.tokens / used:.1f}",
-            f"{cell.config.optim.lr:.3g}", f"{cell.batch_tokens:,}", f"{cell.steps:,}", seconds, cell.run_id, state,
-        ])  # fmt: skip
-    return align(header, rows)
-
-
-def align(header: list[str], rows: list[list[str]]) -> str:
-    """Left-aligned first column, right-aligned others."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def totals(plan: Plan, workers: int, store: Store | None = None) -> str:
-    """One line: cells, FLOPs, tokens, predicted time, how many are done already."""
-    parts = [
-        f"{len(plan.cells)} cells",
-        f"{sum(c.flops for c in plan.cells):.3g} FLOPs",
-        f"{sum(c.tokens for c in plan.cells):,} tokens",
-    ]
-    seconds = plan.total_seconds()
-    if seconds is None:
-        parts.append("time unknown (--calibrate or --tokens-per-second)")
-    else:
-        parts.append(f"{duration(seconds)} of device time, about {duration(wall_seconds(plan.cells, workers))}"
-                     f" on {workers} worker{'s' if workers != 1 else ''}")  # fmt: skip
-    if store:
-        parts.append(f"{sum(store.state(c.run_id) == 'done' for c in plan.cells)} done in {store.path}")
-    return ", ".join(parts)
-
-
-def wall_seconds(cells, workers: int) -> float:
-    """Time on `workers` workers that take the longest remaining cell first."""
-    free = [0.0] * max(1, workers)
-    for seconds in sorted((c.predicted_seconds or 0.0 for c in cells), reverse=True):
-        earliest = free.index(min(free))
-        free[earliest] += seconds
-    return max(free)
-
-
-def duration(seconds: float) -> str:
-    """'45 s', '12.3 min', '5.1 h'."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def _short(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------ command line
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

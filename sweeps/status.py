@@ -5,8 +5,8 @@ import sys
 import time
 
 from efficient_lm.schema import ConfigError
-from sweeps.plan import align, duration
 from sweeps.store import STATES, Store
+from sweeps.tables import align, duration
 
 HEADER = ["cell", "state", "step", "loss", "tokens/s", "ETA", "run_id"]
 # What is going on or went wrong first, what is finished last.

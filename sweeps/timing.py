@@ -106,6 +106,10 @@ class Calibration:
         device = (run.get("hardware") or {}).get("device_kind", "")
         self.points.append(Point(cell.arch, device, cell.flops / cell.steps, cell.batch_tokens, step, overhead))
 
+    def devices(self) -> list[str]:
+        """Where the points were measured; [] for a given throughput."""
+        return [] if self.tokens_per_second else sorted({point.device for point in self.points})
+
     def predict(self, cell) -> float | None:
         """Seconds that a planned cell takes on one worker; None where nothing was measured."""
         if self.tokens_per_second:

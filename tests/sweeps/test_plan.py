@@ -6,8 +6,9 @@ from efficient_lm.counting import count_flops
 from efficient_lm.schema import ConfigError
 from sweeps import plan as planning
 from sweeps.isoflop import IsoFlop, Ladder
-from sweeps.plan import make_plan, plan_within, wall_seconds
+from sweeps.plan import make_plan, plan_within
 from sweeps.rules import LR_RULES, constant, inverse_width
+from sweeps.tables import wall_seconds
 from sweeps.timing import Calibration, Point, parse_budget
 
 SHAPES = [{"model.n_layers": n, "model.d_model": d} for n, d in [(1, 16), (2, 16), (2, 24), (2, 32), (3, 48), (4, 64)]]
