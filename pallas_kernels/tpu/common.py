@@ -7,6 +7,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.xla.common import MIN_LOG_DECAY, prefix_sum, to_chunks
 
 MAX_CHANNELS = 256
+VMEM_LIMIT = 32 << 20  # the default of 16 MiB is too little for the backward of `dplr` at K = V = 256
 # A segment start is a log decay that 128 tokens of real decay (at least -64 each) cannot reach, while coarse sums stay
 # exact: 128 * (16384 + 64) * 2^2 < 2^24.
 RESET = -16384.0
@@ -79,9 +80,9 @@ def walk(kernel, inputs, outputs, scratch, *, reverse=False, interpret=None, nam
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda h, c: (h, index(c)) + (0,) * (len(x.shape) - 2))
 
     unwrap = lambda x: x[0] if isinstance(x, tuple) else x  # noqa: E731
+    params = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
     return pl.pallas_call(
         kernel, grid=(heads, n), in_specs=[spec(x) for x in inputs], out_specs=[spec(x) for x in outputs],
         out_shape=[unwrap(x) for x in outputs], scratch_shapes=[pltpu.VMEM(s, jnp.float32) for s in scratch],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=interpreted(interpret), name=name,
+        compiler_params=params, interpret=interpreted(interpret), name=name,
     )(*(unwrap(x) for x in inputs))

@@ -20,7 +20,8 @@ def dot(a, b, *, a_axis=1, b_axis=0):
 
 @functools.cache
 def _levels(size):
-    return [1 << s for s in range(size.bit_length() - 1)]
+    """s of the levels at which blocks of 2 << s tokens are cut in halves of 1 << s, smallest first."""
+    return range(size.bit_length() - 1)
 
 
 def _positions(size):
@@ -51,13 +52,30 @@ def sum_before(x):
     return dot(matrix(i > j), x)
 
 
+def shift_later(x):
+    """Row i of the result is row i - 1 of x; the first row is zero."""
+    i, j = _positions(x.shape[0])
+    return dot(matrix(j == i - 1), x)
+
+
+def shift_earlier(x):
+    """Row i of the result is row i + 1 of x; the last row is zero."""
+    i, j = _positions(x.shape[0])
+    return dot(matrix(j == i + 1), x)
+
+
+def first_row(shape):
+    """Ones in the first row, zeros below."""
+    return matrix(jax.lax.broadcasted_iota(jnp.int32, shape, 0) == 0)
+
+
 def unit_lower_inverse(strict):
     """(I + strict)^-1 by merging inverses of diagonal blocks: X <- X - X L_level X, level by level."""
     size = strict.shape[0]
     i, j = _positions(size)
     inverse = matrix(i == j)
-    for h in _levels(size):
-        block = jnp.where((i // (2 * h) == j // (2 * h)) & (i // h != j // h), strict, 0.0)
+    for s in _levels(size):
+        block = jnp.where((i >> s + 1 == j >> s + 1) & (i >> s != j >> s), strict, 0.0)
         inverse = inverse - dot(dot(inverse, block), inverse)
     return inverse
 
@@ -82,16 +100,15 @@ class Decay:
             gap = (coarse - dot(ones, eye * coarse)) + (fine - dot(ones, eye * fine))
             self.weights = jnp.exp(jnp.where(i >= j, gap, -jnp.inf))
 
-    def _level(self, h):
-        """(weights of right rows, weights of left columns, block mask) when blocks of 2h tokens are cut in halves."""
+    def _level(self, s):
+        """(weights of right rows, weights of left columns, block mask) of one level."""
         i, j = _positions(self.size)
-        block = i // (2 * h)
-        anchor = matrix(j == block * 2 * h + h - 1)
+        anchor = matrix(j == ((i >> s + 1) << s + 1) + (1 << s) - 1)
         coarse, fine = self.coarse - dot(anchor, self.coarse), self.fine - dot(anchor, self.fine)
-        right = (jax.lax.broadcasted_iota(jnp.int32, self.coarse.shape, 0) // h) % 2 == 1
+        right = (jax.lax.broadcasted_iota(jnp.int32, self.coarse.shape, 0) >> s) & 1 == 1
         rows = jnp.exp(jnp.where(right, coarse + fine, -jnp.inf))
         columns = jnp.exp(jnp.where(right, -jnp.inf, -(coarse + fine)))
-        return rows, columns, block == j // (2 * h)
+        return rows, columns, i >> s + 1 == j >> s + 1
 
     def scores(self, rows, y):
         """[C, C] products of each x with y under the decay, zero above the diagonal."""
@@ -100,8 +117,8 @@ class Decay:
             return [self.weights * dot(x.astype(self.dtype), y, b_axis=1) for x in rows]
         i, j = _positions(self.size)
         squares = [jnp.where(i == j, (x * y).sum(1, keepdims=True), 0.0) for x in rows]
-        for h in _levels(self.size):
-            right, left, same = self._level(h)
+        for s in _levels(self.size):
+            right, left, same = self._level(s)
             columns = (y * left).astype(self.dtype)
             squares = [square + jnp.where(same, dot((x * right).astype(self.dtype), columns, b_axis=1), 0.0)
                        for square, x in zip(squares, rows, strict=True)]
@@ -125,8 +142,8 @@ class Decay:
         drows = [d * y for d in diagonals]
         dy = sum(d * x for d, x in zip(diagonals, rows, strict=True))
         dlog = jnp.zeros_like(y)
-        for h in _levels(self.size):
-            right, left, same = self._level(h)
+        for s in _levels(self.size):
+            right, left, same = self._level(s)
             columns = y * left
             reach = dcolumns = jnp.zeros_like(y)
             for r, (ct, x) in enumerate(zip(cotangents, rows, strict=True)):
@@ -137,8 +154,8 @@ class Decay:
                 reach = reach + x * dx
                 dcolumns = dcolumns + dot(block, x.astype(self.dtype), a_axis=0)
             dy = dy + left * dcolumns
-            half = i // h == j // h
-            in_right = (i // h) % 2 == 1
+            half = i >> s == j >> s
+            in_right = (i >> s) & 1 == 1
             dlog = dlog + dot(matrix(half & in_right & (i <= j)), reach)
             dlog = dlog + dot(matrix(half & ~in_right & (i > j)), columns * dcolumns)
         return drows, dy, dlog

@@ -14,8 +14,8 @@ from pallas_kernels.steps import accumulation_dtype
 
 
 def diagonal_scan(x, log_decay, *, initial_state=None, segment_ids=None, reverse=False, output_final_state=False,
-                  chunk_size=None):
-    """See `pallas_kernels.api.diagonal_scan`. Always returns the final state."""
+                  chunk_size=None, scan=None):
+    """See `pallas_kernels.api.diagonal_scan`. Always returns the final state. `scan`: another `differentiable` scan."""
     if reverse:
         x, log_decay, segment_ids = (a if a is None else jnp.flip(a, 1) for a in (x, log_decay, segment_ids))
     acc = jnp.result_type(accumulation_dtype(x, log_decay), x.dtype, log_decay.dtype)
@@ -24,7 +24,7 @@ def diagonal_scan(x, log_decay, *, initial_state=None, segment_ids=None, reverse
         start = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
         log_decay = jnp.where(start[..., None], -jnp.inf, log_decay)
     state = jnp.zeros_like(x[:, 0], acc) if initial_state is None else initial_state.astype(acc)
-    h = _scan(jnp.exp(log_decay).astype(acc), x.astype(acc), state)
+    h = (scan or _scan)(jnp.exp(log_decay).astype(acc), x.astype(acc), state)
     final = h[:, -1]
     h = h.astype(out)
     return (jnp.flip(h, 1) if reverse else h), final
@@ -61,22 +61,25 @@ def _blocked(decay, x, state):
     return jnp.moveaxis(h, 0, 2).reshape(state.shape[0], n * size, -1)[:, :length]
 
 
-@jax.custom_vjp
-def _scan(decay, x, state):
-    return _blocked(decay, x, state)
+def differentiable(scan):
+    """`scan(decay, x, state) -> h` with its gradient, which is the same scan in reverse."""
+    @jax.custom_vjp
+    def run(decay, x, state):
+        return scan(decay, x, state)
+
+    def forward(decay, x, state):
+        h = scan(decay, x, state)
+        return h, (decay, h, state)
+
+    def backward(residuals, dh):
+        decay, h, state = residuals
+        later = jnp.concatenate([decay[:, 1:], jnp.zeros_like(decay[:, :1])], 1)
+        d = jnp.flip(scan(jnp.flip(later, 1), jnp.flip(dh, 1), jnp.zeros_like(state)), 1)
+        before = jnp.concatenate([state[:, None], h[:, :-1]], 1)
+        return d * before, d, d[:, 0] * decay[:, 0]
+
+    run.defvjp(forward, backward)
+    return run
 
 
-def _forward(decay, x, state):
-    h = _blocked(decay, x, state)
-    return h, (decay, h, state)
-
-
-def _backward(residuals, dh):
-    decay, h, state = residuals
-    later = jnp.concatenate([decay[:, 1:], jnp.zeros_like(decay[:, :1])], 1)
-    d = jnp.flip(_blocked(jnp.flip(later, 1), jnp.flip(dh, 1), jnp.zeros_like(state)), 1)
-    before = jnp.concatenate([state[:, None], h[:, :-1]], 1)
-    return d * before, d, d[:, 0] * decay[:, 0]
-
-
-_scan.defvjp(_forward, _backward)
+_scan = differentiable(_blocked)
