@@ -35,15 +35,15 @@ INVERSE_GROUP = 4  # chunks that one program of `chunk_inverses` inverts, a warp
 def chunk_inverses(k, gates, *, decay, interpret=None):
     """T [B, H, N, 64, 64] bf16 of every chunk of k [B, T, H, K], from gates [B, H, N, 2, 64].
 
-    The inverse of the diagonal blocks of size 2b comes from those of size b: X <- X - X (diag(beta) M)_off X, with _off
+    The inverse of the diagonal blocks of size 2b comes from those of size b: X <- X - (X diag(beta) M X)_off, with _off
     the lower left b x b blocks. Only inverses are multiplied, never powers of M. Operands are fp16: entries of T stay
     moderate for beta |k|^2 <= 2, and three more bits than bf16 keep the error below that of storing T.
     """
     b_size, t_size, heads, k_size = k.shape
     chunks = t_size // CHUNK
-    scratch = dict(k=tile((INVERSE_GROUP, CHUNK, k_size), k.dtype),
+    square = tile((INVERSE_GROUP, CHUNK, CHUNK), jnp.float16)
+    scratch = dict(k=tile((INVERSE_GROUP, CHUNK, k_size), k.dtype), x=square, y=square, lower=square,
                    gates=plgpu.SMEM((INVERSE_GROUP, 2, CHUNK), jnp.float32),
-                   right=tile((INVERSE_GROUP, CHUNK, CHUNK), jnp.float16),
                    out=tile((INVERSE_GROUP, CHUNK, CHUNK), k.dtype))
 
     def body(k_ref, gates_ref, out_ref, smem, loaded):
@@ -53,9 +53,9 @@ def chunk_inverses(k, gates, *, decay, interpret=None):
 
         @pl.when(chunk < chunks)
         def _():
-            k_tile, gate_tile, right_tile, out = (smem[name].at[wg] for name in ("k", "gates", "right", "out"))
+            k_tile, x_tile, y_tile, lower_tile, out = (smem[name].at[wg] for name in ("k", "x", "y", "lower", "out"))
             plgpu.copy_gmem_to_smem(k_ref.at[batch, pl.ds(chunk * CHUNK, CHUNK), head], k_tile, loaded.at[wg])
-            plgpu.copy_gmem_to_smem(gates_ref.at[batch, head, chunk], gate_tile, loaded.at[wg])
+            plgpu.copy_gmem_to_smem(gates_ref.at[batch, head, chunk], smem["gates"].at[wg], loaded.at[wg])
             plgpu.barrier_wait(loaded.at[wg])
             lower, = products((k_tile, k_tile.transpose(T_CONTRACT)))
             row = plgpu.broadcasted_iota(jnp.int32, lower.shape, 0, layout=WGMMA)
@@ -64,19 +64,17 @@ def chunk_inverses(k, gates, *, decay, interpret=None):
             c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
             lower = jnp.where(row > col, decayed_scores(lower, c_row, c_tile, False), 0.0)
             lower = lower * rows(plgpu.load(smem["gates"].at[wg, 1], layout=WGMMA.reduce(1)), lower.shape)
-
-            def times(left, right):
-                """left @ right, both float32 in registers."""
-                right_tile[...] = right.astype(jnp.float16)
-                plgpu.commit_smem()
-                zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
-                return add_products((zero, left.astype(jnp.float16), right_tile), interpret=interpret)[0]
-
+            lower_tile[...] = lower.astype(jnp.float16)
             x = jnp.where(row == col, 1.0, jnp.where((row ^ col) == 1, -lower, 0.0))
             for size in (2, 4, 8, 16, 32):
+                x_tile[...] = x.astype(jnp.float16)
+                plgpu.commit_smem()
+                y, = products((lower_tile, x_tile))
+                y_tile[...] = y.astype(jnp.float16)
+                plgpu.commit_smem()
+                z, = products((x_tile, y_tile))
                 differ = row ^ col
-                off = jnp.where((differ >= size) & (differ < 2 * size), lower, 0.0)
-                x = x - times(x, times(off, x))
+                x = jnp.where((row > col) & (differ >= size) & (differ < 2 * size), -z, x)
             out[...] = x.astype(k.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out, out_ref.at[batch, head, chunk])
@@ -205,178 +203,195 @@ def delta_forward(q, k, v, inverse, gates, total, init, *, scale, split, stages=
                   extra_scratch=(), grid=(heads, split, b_size), scratch=scratch, interpret=interpret)
 
 
-def delta_backward(q, k, do, u, inverse, entering, gates, total, dfinal, *, scale, interpret=None):
-    """All gradients, in one walk from the end of the sequence with R, the gradient of the state, in registers.
+def delta_reverse(q, k, do, inverse, gates, total, dfinal, *, scale, split, stages=2, interpret=None):
+    """dV, in a walk from the end of the sequence with R, the gradient of the state, in registers.
 
-    With M, T, U, S as above and R the gradient of the state leaving the chunk:
-      dU  = A^T dO + diag(2^(total - c)) K R,    A = scale lower(Q K^T * P)
-      dR_ = T^T dU,   dV = diag(beta) dR_,   dbeta = rowsum(dR_ * U) / beta,   E = -diag(2^c) dV
-      dA  = scale lower(dO U^T * P),   G = -strictly lower(dV U^T * P)
-      dQ  = dA K + scale diag(2^c) dO S^T
-      dK  = [dA^T Q + diag(2^(total - c)) U R^T + G^T K]   (as written)   + [G K + E S^T]   (as erased with)
-      R  <- 2^total R + scale (diag(2^c) Q)^T dO + K^T E
-      dc  = rowsum(Q * dQ + K * dK_erased - K * dK_written), and <S, R> at every chunk's start for the gradient of total
-    Warpgroup w owns column block w of every tile and row block w of R; score matrices and R pass through SMEM.
+    With M, T as above and R the gradient of the state leaving the chunk:
+      dV  = diag(beta) T^T (A^T dO + diag(2^(total - c)) K R),    A = scale lower(Q K^T * P)
+      R  <- 2^total R + scale (diag(2^c) Q)^T dO - (diag(2^c) K)^T dV
 
-    Args: q, k [B, T, H, D], do, u [B, T, H, D], entering [B, H, N, D, D], dfinal float32 [B, H, D, D] or None.
-    Returns: dict with dq, dk, dv, partial row sums dbeta and dc [B, H, D/64, T], inner [B, H, N, D] = rowsum(S * R) and
-      state [B, H, D, D], the gradient of the initial state.
+    Args: q, k, do [B, T, H, D], dfinal float32 [B, H, D, D] or None; the rest as `delta_forward`.
+    Returns: dict with dv, leaving [B, H, N, D, D] bf16 = R of every chunk, and state [B, H, D, D], the gradient of the
+      initial state.
+    """
+    b_size, t_size, heads, k_size = k.shape
+    v_size, dtype = do.shape[-1], k.dtype
+    chunks = t_size // CHUNK
+    n_wg = v_size // BLOCK // split
+    decay = total is not None
+    operands = present(q=q, k=k, do=do, inverse=inverse, gates=gates, total=total, dfinal=dfinal)
+    outs = {"state": jax.ShapeDtypeStruct((b_size, heads, k_size, v_size), jnp.float32),
+            "dv": jax.ShapeDtypeStruct(do.shape, dtype),
+            "leaving": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), dtype)}
+    own = tile((n_wg, CHUNK, BLOCK), dtype)
+    scratch = dict(q=tile((stages, CHUNK, k_size), dtype), k=tile((stages, CHUNK, k_size), dtype),
+                   do=tile((stages, n_wg, CHUNK, BLOCK), dtype), inverse=tile((stages, CHUNK, CHUNK), dtype),
+                   gates=plgpu.SMEM((stages, 2, CHUNK), jnp.float32), r16=tile((n_wg, k_size, BLOCK), dtype),
+                   du=own, dv=own, dos=own)
+
+    def body(*refs):
+        names = (*operands, *outs)
+        gmem = dict(zip(names, refs[: len(names)], strict=True))
+        smem, full, empty = refs[len(names):]
+        head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
+        walk = Walk(chunks, 1, stages, True, 0)
+        first_block = lax.axis_index("piece") * n_wg
+
+        def copies(chunk, slot):
+            here = pl.ds(chunk * CHUNK, CHUNK)
+            pairs = [(gmem[name].at[batch, here, head], smem[name].at[slot]) for name in ("k", "q")]
+            pairs += [(gmem["do"].at[batch, here, head, pl.ds((first_block + w) * BLOCK, BLOCK)],
+                       smem["do"].at[slot, w]) for w in range(n_wg)]
+            return pairs + [(gmem[n].at[batch, head, chunk], smem[n].at[slot]) for n in ("inverse", "gates")]
+
+        @pl.when(wg == n_wg)
+        def _():
+            walk.load(copies, full, empty)
+
+        @pl.when(wg < n_wg)
+        def _():
+            plgpu.set_max_registers(232 if n_wg == 2 else 216, action="increase")
+            cols = pl.ds((first_block + wg) * BLOCK, BLOCK)
+            if dfinal is not None:
+                r = plgpu.load(gmem["dfinal"].at[batch, head, :, cols], layout=WGMMA, optimized=False)
+            else:
+                r = plgpu.layout_cast(jnp.zeros((k_size, BLOCK), jnp.float32), WGMMA)
+            smem["r16"].at[wg][...] = r.astype(dtype)
+            plgpu.commit_smem()
+
+            def step(i, r):
+                slot, chunk = walk.slot(i), walk.chunk(i)
+                here = pl.ds(chunk * CHUNK, CHUNK)
+                plgpu.barrier_wait(full.at[slot])
+                q_tile, k_tile, do_tile = smem["q"].at[slot], smem["k"].at[slot], smem["do"].at[slot, wg]
+                r16, du, dv, dos = (smem[name].at[wg] for name in ("r16", "du", "dv", "dos"))
+                plgpu.copy_smem_to_gmem(r16, gmem["leaving"].at[batch, head, chunk, :, cols])
+                a, kr = products((k_tile, q_tile.transpose(T_CONTRACT)), (k_tile, r16))
+                c_tile = smem["gates"].at[slot, 0] if decay else None
+                c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
+                out = plgpu.load(do_tile, layout=WGMMA).astype(jnp.float32) * scale
+                if decay:
+                    tot = gmem["total"][batch, head, chunk]
+                    kr = kr * rows(jnp.exp2(tot - c_row), kr.shape)
+                    from_start = rows(jnp.exp2(c_row), kr.shape)
+                    out = out * from_start
+                    r = r * jnp.exp2(tot)
+                a = (later_scores(a, c_row, c_tile) * scale).astype(dtype)
+                d_u, = add_products((kr, a, do_tile), interpret=interpret)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                du[...] = d_u.astype(dtype)
+                dos[...] = out.astype(dtype)
+                plgpu.commit_smem()
+                dr, = products((smem["inverse"].at[slot].transpose(T_CONTRACT), du))
+                dr = dr * rows(plgpu.load(smem["gates"].at[slot, 1], layout=WGMMA.reduce(1)), dr.shape)
+                dv[...] = dr.astype(dtype)
+                erase = du  # its gradient is spent
+                erase[...] = (-dr * from_start if decay else -dr).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(dv, gmem["dv"].at[batch, here, head, cols])
+                r, = add_products((r, (q_tile.transpose(T_CONTRACT), k_tile.transpose(T_CONTRACT)), (dos, erase)),
+                                  interpret=interpret)
+                plgpu.barrier_arrive(empty.at[slot])
+                r16[...] = r.astype(dtype)
+                plgpu.commit_smem()
+                return r
+
+            r = lax.fori_loop(0, walk.steps, step, r)
+            gmem["state"].at[batch, head, :, cols][...] = r
+            plgpu.wait_smem_to_gmem(0)
+
+    return launch(body, operands, outs, arrivals=4 + n_wg, consumers=n_wg, stages=stages, extra_scratch=(),
+                  grid=(heads, split, b_size), scratch=scratch, interpret=interpret)
+
+
+def delta_gradients(q, k, do, u, dv, entering, leaving, gates, total, *, scale, interpret=None):
+    """dQ, dK and the row sums for the gates, all chunks in parallel.
+
+    With S the state entering the chunk, R the gradient of the state leaving it, U and dV from the two walks:
+      dA = scale lower(dO U^T * P),   G = -strictly lower(dV U^T * P)
+      dQ = dA K + scale diag(2^c) dO S^T
+      dK = [dA^T Q + diag(2^(total - c)) U R^T + G^T K]  (as written)  +  [G K - diag(2^c) dV S^T]  (as erased with)
+      dc = rowsum(Q * dQ + K * dK_erased - K * dK_written),   dbeta = rowsum(dV * U) / beta^2
+    A program makes 64 columns of dQ and dK of one chunk.
+
+    Returns: dict with dq, dk and float32 partial sums [B, H, D/64, T]: dbeta, dc and inner, whose sum over a chunk is
+      <S', R> with S' the state leaving it.
     """
     b_size, t_size, heads, size = k.shape
     dtype = k.dtype
     chunks = t_size // CHUNK
     n = size // BLOCK
     decay = total is not None
-    operands = present(q=q, k=k, do=do, u=u, inverse=inverse, entering=entering, gates=gates, total=total,
-                       dfinal=dfinal)
-    outs = {name: jax.ShapeDtypeStruct(k.shape, dtype) for name in ("dq", "dk", "dv")}
-    outs |= {name: jax.ShapeDtypeStruct((b_size, heads, n, t_size), jnp.float32) for name in ("dbeta", "dc")}
-    outs["inner"] = jax.ShapeDtypeStruct((b_size, heads, chunks, size), jnp.float32)
-    outs["state"] = jax.ShapeDtypeStruct((b_size, heads, size, size), jnp.float32)
-    stages = 2 if n == 1 else 1
-    columns_of = ("q", "k", "do", "u")
-    scratch = {name: tile((stages, n, CHUNK, BLOCK), dtype) for name in columns_of}
-    scratch |= {name: tile((n, CHUNK, BLOCK), dtype) for name in ("du", "dv", "erase", "dos")}
-    scratch |= {"inverse": tile((stages, CHUNK, CHUNK), dtype), "entering": tile((stages, n, n, BLOCK, BLOCK), dtype),
-                "r16": tile((n, n, BLOCK, BLOCK), dtype), "da": tile((CHUNK, CHUNK), dtype),
-                "g": tile((CHUNK, CHUNK), dtype), "gates": plgpu.SMEM((stages, 2, CHUNK), jnp.float32)}
-    blocks = range(n)
+    operands = present(q=q, k=k, do=do, u=u, dv=dv, entering=entering, leaving=leaving, gates=gates, total=total)
+    outs = {name: jax.ShapeDtypeStruct(k.shape, dtype) for name in ("dq", "dk")}
+    outs |= {name: jax.ShapeDtypeStruct((b_size, heads, n, t_size), jnp.float32) for name in ("dbeta", "dc", "inner")}
+    square, wide = tile((CHUNK, BLOCK), dtype), tile((CHUNK, size), dtype)
+    scratch = {"do": wide, "u": wide, "dv": wide, "entering": wide, "leaving": wide, "q": square, "k": square,
+               "da": square, "g": square, "gates": plgpu.SMEM((2, CHUNK), jnp.float32)}
 
     def body(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
-        smem, full, empty, meet = refs[len(names):]
-        head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
-        walk = Walk(chunks, 1, stages, True, 0)
+        smem, values_in, states_in = refs[len(names):]
+        chunk, batch = lax.axis_index("chunk"), lax.axis_index("batch")
+        column = lax.axis_index("column")
+        head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
+        here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
+        for name in ("do", "u", "dv"):
+            plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head], smem[name], values_in)
+        plgpu.copy_gmem_to_smem(gmem["gates"].at[batch, head, chunk], smem["gates"], values_in)
+        for name in ("entering", "leaving"):
+            plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine], smem[name], states_in)
+        for name in ("q", "k"):
+            plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, mine], smem[name], states_in)
 
-        def block(b):
-            return pl.ds(b * BLOCK, BLOCK)
+        def turned(name):
+            return smem[name].transpose(T_CONTRACT)
 
-        def copies(chunk, slot):
-            here = pl.ds(chunk * CHUNK, CHUNK)
-            pairs = [(gmem[name].at[batch, here, head, block(b)], smem[name].at[slot, b])
-                     for name in columns_of for b in blocks]
-            pairs += [(gmem[name].at[batch, head, chunk], smem[name].at[slot]) for name in ("gates", "inverse")]
-            states = gmem["entering"].at[batch, head, chunk]
-            return pairs + [(states.at[block(a), block(b)], smem["entering"].at[slot, a, b])
-                            for a in blocks for b in blocks]
+        def load(ref):
+            return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
 
-        def together():
-            """The compute warpgroups meet: what each wrote to shared memory before is visible to all after."""
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(meet)
-            plgpu.barrier_wait(meet)
+        plgpu.barrier_wait(values_in)
+        da, g = products((smem["do"], turned("u")), (smem["dv"], turned("u")))
+        c_tile = smem["gates"].at[0] if decay else None
+        c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
+        smem["da"][...] = (decayed_scores(da, c_row, c_tile, False) * scale).astype(dtype)
+        row = plgpu.broadcasted_iota(jnp.int32, g.shape, 0, layout=WGMMA)
+        col = plgpu.broadcasted_iota(jnp.int32, g.shape, 1, layout=WGMMA)
+        g = jnp.where(row > col, decayed_scores(g, c_row, c_tile, False), 0.0)
+        smem["g"][...] = (-g).astype(dtype)
+        plgpu.commit_smem()
+        beta = plgpu.load(smem["gates"].at[1], layout=WGMMA.reduce(1))
+        dbeta = jnp.sum(load(smem["dv"].at[:, mine]) * load(smem["u"].at[:, mine]), axis=1) / (beta * beta)
+        gmem["dbeta"].at[batch, head, part, here][...] = dbeta
+        plgpu.barrier_wait(states_in)
+        dq, written, erased = products((smem["do"], turned("entering")), (smem["u"], turned("leaving")),
+                                       (smem["dv"], turned("entering")))
+        dq, erased = dq * scale, -erased
+        inner = jnp.sum(load(smem["entering"]) * load(smem["leaving"]), axis=1)
+        if decay:
+            tot = gmem["total"][batch, head, chunk]
+            from_start = rows(jnp.exp2(c_row), dq.shape)
+            dq, erased, written = dq * from_start, erased * from_start, written * rows(jnp.exp2(tot - c_row), dq.shape)
+            inner = inner * jnp.exp2(tot)
+        k_mine = load(smem["k"])
+        gmem["inner"].at[batch, head, part, here][...] = inner + jnp.sum(k_mine * written, axis=1)
+        dq, written, erased = add_products(
+            (dq, smem["da"], smem["k"]), (written, (turned("da"), turned("g")), (smem["q"], smem["k"])),
+            (erased, smem["g"], smem["k"]), interpret=interpret)
+        dc = jnp.sum(load(smem["q"]) * dq, axis=1) + jnp.sum(k_mine * (erased - written), axis=1)
+        gmem["dc"].at[batch, head, part, here][...] = dc
+        smem["da"][...] = dq.astype(dtype)  # staging: the scores are spent
+        smem["g"][...] = (erased + written).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem["da"], gmem["dq"].at[batch, here, head, mine])
+        plgpu.copy_smem_to_gmem(smem["g"], gmem["dk"].at[batch, here, head, mine])
+        plgpu.wait_smem_to_gmem(0)
 
-        def turned(ref):
-            return ref.transpose(T_CONTRACT)
-
-        @pl.when(wg == n)
-        def _():
-            walk.load(copies, full, empty)
-
-        @pl.when(wg < n)
-        def _():
-            plgpu.set_max_registers(232 if n == 2 else 216, action="increase")
-            # Block indices, own first; constants would do but cannot index an operand of an accumulating wgmma.
-            turns = [lax.rem(wg + b, jnp.int32(n)) for b in blocks]
-            if dfinal is not None:
-                r = [plgpu.load(gmem["dfinal"].at[batch, head, block(wg), block(b)], layout=WGMMA, optimized=False)
-                     for b in turns]
-            else:
-                r = [plgpu.layout_cast(jnp.zeros((BLOCK, BLOCK), jnp.float32), WGMMA) for b in turns]
-            for b, x in zip(turns, r, strict=True):
-                smem["r16"].at[wg, b][...] = x.astype(dtype)
-            together()
-
-            def step(i, r):
-                slot, chunk = walk.slot(i), walk.chunk(i)
-                here = pl.ds(chunk * CHUNK, CHUNK)
-                plgpu.barrier_wait(full.at[slot])
-                t = {name: tuple(smem[name].at[slot, b] for b in turns) for name in columns_of}
-                mine = {name: smem[name].at[slot, wg] for name in columns_of}
-                du, dv, erase, dos = (smem[name].at[wg] for name in ("du", "dv", "erase", "dos"))
-                c_tile = smem["gates"].at[slot, 0] if decay else None
-                c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
-                shape = (CHUNK, BLOCK)
-                if decay:
-                    tot = gmem["total"][batch, head, chunk]
-                    from_start = jnp.exp2(c_row)
-                    to_end = jnp.exp2(tot - c_row)
-                # gradient of what was written
-                at, kr = products((t["k"], tuple(map(turned, t["q"]))),
-                                  (t["k"], tuple(smem["r16"].at[b, wg] for b in turns)))
-                at = later_scores(at, c_row, c_tile) * scale
-                if decay:
-                    kr = kr * rows(to_end, shape)
-                d_u, = add_products((kr, at.astype(dtype), mine["do"]), interpret=interpret)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                du[...] = d_u.astype(dtype)
-                out = plgpu.load(mine["do"], layout=WGMMA).astype(jnp.float32) * scale
-                dos[...] = (out * rows(from_start, shape) if decay else out).astype(dtype)
-                plgpu.commit_smem()
-                dr, = products((turned(smem["inverse"].at[slot]), du))
-                beta = plgpu.load(smem["gates"].at[slot, 1], layout=WGMMA.reduce(1))
-                u_mine = plgpu.load(mine["u"], layout=WGMMA).astype(jnp.float32)
-                gmem["dbeta"].at[batch, head, wg, here][...] = jnp.sum(dr * u_mine, axis=1) / beta
-                dr = dr * rows(beta, shape)
-                dv[...] = dr.astype(dtype)
-                erase[...] = (-dr * rows(from_start, shape) if decay else -dr).astype(dtype)
-                together()
-                plgpu.copy_smem_to_gmem(dv, gmem["dv"].at[batch, here, head, block(wg)])
-
-                @pl.when(wg == 0)
-                def _():
-                    da, = products((t["do"], tuple(map(turned, t["u"]))))
-                    smem["da"][...] = (decayed_scores(da, c_row, c_tile, False) * scale).astype(dtype)
-
-                @pl.when(wg == n - 1)
-                def _():
-                    g, = products((tuple(smem["dv"].at[b] for b in turns), tuple(map(turned, t["u"]))))
-                    row = plgpu.broadcasted_iota(jnp.int32, g.shape, 0, layout=WGMMA)
-                    col = plgpu.broadcasted_iota(jnp.int32, g.shape, 1, layout=WGMMA)
-                    g = jnp.where(row > col, decayed_scores(g, c_row, c_tile, False), 0.0)
-                    smem["g"][...] = (-g).astype(dtype)
-
-                together()
-                s_turned = tuple(turned(smem["entering"].at[slot, wg, b]) for b in turns)
-                dq, written, erased = products(
-                    (t["do"], s_turned),
-                    (t["u"], tuple(turned(smem["r16"].at[wg, b]) for b in turns)),
-                    (tuple(smem["erase"].at[b] for b in turns), s_turned))
-                dq = dq * scale
-                if decay:
-                    dq, written = dq * rows(from_start, shape), written * rows(to_end, shape)
-                    r = [x * jnp.exp2(tot) for x in r]
-                da, g = smem["da"], smem["g"]
-                grow = [(x, (turned(mine["q"]), turned(mine["k"])), (smem["dos"].at[b], smem["erase"].at[b]))
-                        for b, x in zip(turns, r, strict=True)]
-                dq, written, erased, *r = add_products(
-                    (dq, da, mine["k"]), (written, (turned(da), turned(g)), (mine["q"], mine["k"])),
-                    (erased, g, mine["k"]), *grow, interpret=interpret)
-                inner = [jnp.sum(plgpu.load(smem["entering"].at[slot, wg, b], layout=WGMMA).astype(jnp.float32) * x,
-                                 axis=1) for b, x in zip(turns, r, strict=True)]
-                gmem["inner"].at[batch, head, chunk, block(wg)][...] = sum(inner[1:], inner[0])
-                q_mine = plgpu.load(mine["q"], layout=WGMMA).astype(jnp.float32)
-                k_mine = plgpu.load(mine["k"], layout=WGMMA).astype(jnp.float32)
-                gmem["dc"].at[batch, head, wg, here][...] = jnp.sum(q_mine * dq + k_mine * (erased - written), axis=1)
-                plgpu.barrier_arrive(empty.at[slot])
-                plgpu.barrier_arrive(meet)
-                plgpu.barrier_wait(meet)  # all are done reading R of this chunk
-                for b, x in zip(turns, r, strict=True):
-                    smem["r16"].at[wg, b][...] = x.astype(dtype)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                du[...] = dq.astype(dtype)
-                dv[...] = (erased + written).astype(dtype)
-                together()
-                plgpu.copy_smem_to_gmem(du, gmem["dq"].at[batch, here, head, block(wg)])
-                plgpu.copy_smem_to_gmem(dv, gmem["dk"].at[batch, here, head, block(wg)])
-                return r
-
-            r = lax.fori_loop(0, walk.steps, step, r)
-            for b, x in zip(turns, r, strict=True):
-                gmem["state"].at[batch, head, block(wg), block(b)][...] = x
-            plgpu.wait_smem_to_gmem(0)
-
-    return launch(body, operands, outs, arrivals=4 * n + 2 + n * n, consumers=n, stages=stages,
-                  extra_scratch=(plgpu.Barrier(num_arrivals=n),), grid=(heads, 1, b_size), scratch=scratch,
-                  interpret=interpret)
+    got = plgpu.kernel(
+        body, out_type=tuple(outs.values()),
+        scratch_types=(scratch, plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=4)),
+        grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256),
+    )(*operands.values())
+    return dict(zip(outs, got, strict=True))

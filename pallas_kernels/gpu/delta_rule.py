@@ -1,8 +1,8 @@
 """DeltaNet (2406.06484) and Gated DeltaNet (2412.06464) on Hopper GPUs through Pallas Mosaic GPU.
 
 Forward: the chunks' triangular inverses, then one walk with the state on chip. Residuals are the inputs and the
-inverses; the backward pass repeats the walk to write the states entering the chunks, then makes all gradients in one
-reverse walk.
+inverses; the backward pass repeats the walk to write the states entering the chunks, walks back for dv and the
+gradients of the states, and makes the other gradients with all chunks in parallel.
 """
 import functools
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels.gpu.delta_pass import chunk_inverses, delta_backward, delta_forward
+from pallas_kernels.gpu.delta_pass import chunk_inverses, delta_forward, delta_gradients, delta_reverse
 from pallas_kernels.gpu.gates import by_chunk, chunk_decays, gate_gradient, pad_tokens, token_decays
 from pallas_kernels.gpu.tiles import BLOCK, CHUNK
 from pallas_kernels.steps import repeat_heads
@@ -88,24 +88,24 @@ def _vjp_forward(q, k, v, beta, decay, init, scale, interpret):
     gate_grad = decay is not None and decay.perturbed
     arrays = tuple(None if a is None else a.value for a in (q, k, v, beta, decay, init))
     out, inverse = _forward(*arrays, scale, interpret)
-    return out, (arrays, inverse, out[1] if gate_grad else None)
+    return out, (arrays, inverse, () if gate_grad else None)
 
 
 def _vjp_backward(scale, interpret, residuals, cotangents):
-    (q, k, v, beta, decay, init), inverse, final = residuals
+    (q, k, v, beta, decay, init), inverse, gate_grad = residuals
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
     gates, total = _gates(beta, decay)
     walk = delta_forward(None, k, v, inverse, gates, total, init, scale=scale, split=_split(v), interpret=interpret)
-    grads = delta_backward(q, k, do, walk["u"], inverse, walk["entering"], gates, total, dfinal, scale=scale,
-                           interpret=interpret)
+    back = delta_reverse(q, k, do, inverse, gates, total, dfinal, scale=scale, split=_split(v), interpret=interpret)
+    grads = delta_gradients(q, k, do, walk["u"], back["dv"], walk["entering"], back["leaving"], gates, total,
+                            scale=scale, interpret=interpret)
     dbeta = jnp.sum(grads["dbeta"], axis=2).transpose(0, 2, 1)
     ddecay = None
-    if final is not None:
-        at_end = jnp.zeros(final.shape[:2], jnp.float32) if dfinal is None else jnp.sum(final * dfinal, axis=(-1, -2))
-        inner = jnp.sum(grads["inner"], axis=-1)[..., 1:]  # after a chunk is before the next
-        ddecay = gate_gradient(jnp.sum(grads["dc"], axis=2), inner, at_end, 1)
-    return grads["dq"], grads["dk"], grads["dv"], dbeta, ddecay, None if init is None else grads["state"]
+    if gate_grad is not None:
+        inner = jnp.sum(grads["inner"].reshape(*grads["inner"].shape[:3], -1, CHUNK), axis=(2, 4))
+        ddecay = gate_gradient(jnp.sum(grads["dc"], axis=2), inner, 1)
+    return grads["dq"], grads["dk"], back["dv"], dbeta, ddecay, None if init is None else back["state"]
 
 
 _delta_rule.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

@@ -46,21 +46,19 @@ def chunk_decays(decay):
     return c, c[..., -1]
 
 
-def gate_gradient(rows, inner, at_end, span_chunks):
+def gate_gradient(rows, inner, span_chunks):
     """Gradient of log2 decays [B, T, H] from float32 row sums.
 
     With rows_i = q_i . dq_i +- k_i . dk_i, the gradient of token t's natural log decay is the sum of rows_i over
-    t <= i <= n plus <S_n, dS_n>, for any n >= t; n is the end of t's span, as over a whole sequence rounding would add up.
+    t <= i <= n plus <S_n, dS_n>, for any n >= t; n is the end of t's span: over a whole sequence rounding would add up.
 
-    Args: rows [B, H, T]; inner [B, H, M] = <S, dS> after each whole span, at_end [B, H] after the last token.
+    Args: rows [B, H, T]; inner [B, H, M] = <S, dS> after each of the M spans, the last of which may be cut short by T.
     """
     b_size, heads, t_size = rows.shape
-    span = span_chunks * CHUNK
-    spans = -(-t_size // span)
+    span, spans = span_chunks * CHUNK, inner.shape[-1]
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spans * span - t_size)))
     within = running_sum(rows.reshape(b_size, heads, spans, span_chunks, CHUNK), reverse=True)
     chunks = within[..., 0]
     after = running_sum(chunks, reverse=True) - chunks
-    ends = jnp.concatenate([inner, at_end[..., None]], axis=-1)[..., :spans]
-    dg = within + (after + ends[..., None])[..., None]
+    dg = within + (after + inner[..., None])[..., None]
     return dg.reshape(b_size, heads, spans * span)[..., :t_size].transpose(0, 2, 1) / LOG2E

@@ -143,10 +143,13 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
                           interpret=interpret)
     ddecay = None
     if saved is not None:
-        at_end = jnp.zeros(final.shape[:2], jnp.float32) if dfinal is None else jnp.sum(final * dfinal, axis=(-1, -2))
         rows = jnp.sum(dq["r"], axis=2) - dkv["r"]
-        inner = scale * jnp.sum(dkv["f"], axis=-1)[..., : q.shape[1] // (SAVE_EVERY * CHUNK)]
-        ddecay = gate_gradient(rows, inner, at_end, SAVE_EVERY)
+        at_end = jnp.zeros(final.shape[:2], jnp.float32) if dfinal is None else jnp.sum(final * dfinal, axis=(-1, -2))
+        whole, rest = divmod(q.shape[1], SAVE_EVERY * CHUNK)
+        inner = scale * jnp.sum(dkv["f"], axis=-1)[..., :whole]
+        if rest:
+            inner = jnp.concatenate([inner, at_end[..., None]], axis=-1)
+        ddecay = gate_gradient(rows, inner, SAVE_EVERY)
     return dq["o"], dkv["dk"], dkv["dv"], ddecay, None if has_init is None else dkv["state"][:, :, 0] * scale
 
 
