@@ -41,10 +41,10 @@ def chunk_inverses(k, gates, *, decay, interpret=None):
     """
     b_size, t_size, heads, k_size = k.shape
     chunks = t_size // CHUNK
-    square = tile((INVERSE_GROUP, CHUNK, CHUNK), jnp.float16)
-    scratch = dict(k=tile((INVERSE_GROUP, CHUNK, k_size), k.dtype), x=square, y=square, lower=square,
-                   gates=plgpu.SMEM((INVERSE_GROUP, 2, CHUNK), jnp.float32),
-                   out=tile((INVERSE_GROUP, CHUNK, CHUNK), k.dtype))
+    blocks = range(k_size // BLOCK)
+    scratch = dict(k=tile((INVERSE_GROUP, len(blocks), CHUNK, BLOCK), k.dtype),
+                   right=tile((INVERSE_GROUP, CHUNK, CHUNK), jnp.float16),
+                   gates=plgpu.SMEM((INVERSE_GROUP, 2, CHUNK), jnp.float32))
 
     def body(k_ref, gates_ref, out_ref, smem, loaded):
         group, head, batch = lax.axis_index("group"), lax.axis_index("head"), lax.axis_index("batch")
@@ -53,28 +53,34 @@ def chunk_inverses(k, gates, *, decay, interpret=None):
 
         @pl.when(chunk < chunks)
         def _():
-            k_tile, x_tile, y_tile, lower_tile, out = (smem[name].at[wg] for name in ("k", "x", "y", "lower", "out"))
-            plgpu.copy_gmem_to_smem(k_ref.at[batch, pl.ds(chunk * CHUNK, CHUNK), head], k_tile, loaded.at[wg])
+            k_tiles, right_tile = tuple(smem["k"].at[wg, b] for b in blocks), smem["right"].at[wg]
+            for b in blocks:
+                src = k_ref.at[batch, pl.ds(chunk * CHUNK, CHUNK), head, pl.ds(b * BLOCK, BLOCK)]
+                plgpu.copy_gmem_to_smem(src, k_tiles[b], loaded.at[wg])
             plgpu.copy_gmem_to_smem(gates_ref.at[batch, head, chunk], smem["gates"].at[wg], loaded.at[wg])
             plgpu.barrier_wait(loaded.at[wg])
-            lower, = products((k_tile, k_tile.transpose(T_CONTRACT)))
+            lower, = products((k_tiles, tuple(k.transpose(T_CONTRACT) for k in k_tiles)))
             row = plgpu.broadcasted_iota(jnp.int32, lower.shape, 0, layout=WGMMA)
             col = plgpu.broadcasted_iota(jnp.int32, lower.shape, 1, layout=WGMMA)
             c_tile = smem["gates"].at[wg, 0] if decay else None
             c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
             lower = jnp.where(row > col, decayed_scores(lower, c_row, c_tile, False), 0.0)
             lower = lower * rows(plgpu.load(smem["gates"].at[wg, 1], layout=WGMMA.reduce(1)), lower.shape)
-            lower_tile[...] = lower.astype(jnp.float16)
             x = jnp.where(row == col, 1.0, jnp.where((row ^ col) == 1, -lower, 0.0))
+            lower = lower.astype(jnp.float16)
+
+            def times(left, right):
+                right_tile[...] = right
+                plgpu.commit_smem()
+                zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
+                return add_products((zero, left, right_tile), interpret=interpret)[0]
+
             for size in (2, 4, 8, 16, 32):
-                x_tile[...] = x.astype(jnp.float16)
-                plgpu.commit_smem()
-                y, = products((lower_tile, x_tile))
-                y_tile[...] = y.astype(jnp.float16)
-                plgpu.commit_smem()
-                z, = products((x_tile, y_tile))
+                x16 = x.astype(jnp.float16)
+                z = times(x16, times(lower, x16).astype(jnp.float16))
                 differ = row ^ col
                 x = jnp.where((row > col) & (differ >= size) & (differ < 2 * size), -z, x)
+            out = k_tiles[0]  # spent
             out[...] = x.astype(k.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out, out_ref.at[batch, head, chunk])
@@ -82,7 +88,7 @@ def chunk_inverses(k, gates, *, decay, interpret=None):
 
     return plgpu.kernel(
         body, out_type=jax.ShapeDtypeStruct((b_size, heads, chunks, CHUNK, CHUNK), k.dtype),
-        scratch_types=(scratch, plgpu.Barrier(num_arrivals=2, num_barriers=INVERSE_GROUP)),
+        scratch_types=(scratch, plgpu.Barrier(num_arrivals=1 + len(blocks), num_barriers=INVERSE_GROUP)),
         grid=(pl.cdiv(chunks, INVERSE_GROUP), heads, b_size), grid_names=("group", "head", "batch"),
         num_threads=INVERSE_GROUP, thread_name="wg", compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
@@ -325,9 +331,9 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, total, *, scale, 
     operands = present(q=q, k=k, do=do, u=u, dv=dv, entering=entering, leaving=leaving, gates=gates, total=total)
     outs = {name: jax.ShapeDtypeStruct(k.shape, dtype) for name in ("dq", "dk")}
     outs |= {name: jax.ShapeDtypeStruct((b_size, heads, n, t_size), jnp.float32) for name in ("dbeta", "dc", "inner")}
-    square, wide = tile((CHUNK, BLOCK), dtype), tile((CHUNK, size), dtype)
-    scratch = {"do": wide, "u": wide, "dv": wide, "entering": wide, "leaving": wide, "q": square, "k": square,
-               "da": square, "g": square, "gates": plgpu.SMEM((2, CHUNK), jnp.float32)}
+    scratch = {name: tile((n, CHUNK, BLOCK), dtype) for name in ("do", "u", "dv", "entering", "leaving")}
+    scratch |= {"q": tile((CHUNK, BLOCK), dtype), "k": tile((CHUNK, BLOCK), dtype),
+                "gates": plgpu.SMEM((2, CHUNK), jnp.float32)}
 
     def body(*refs):
         names = (*operands, *outs)
@@ -338,37 +344,47 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, total, *, scale, 
         head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
         here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
         for name in ("do", "u", "dv"):
-            plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head], smem[name], values_in)
+            for b in range(n):
+                columns_b = pl.ds(b * BLOCK, BLOCK)
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, columns_b], smem[name].at[b], values_in)
         plgpu.copy_gmem_to_smem(gmem["gates"].at[batch, head, chunk], smem["gates"], values_in)
         for name in ("entering", "leaving"):
-            plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine], smem[name], states_in)
+            for b in range(n):
+                columns_b = pl.ds(b * BLOCK, BLOCK)
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine, columns_b], smem[name].at[b], states_in)
         for name in ("q", "k"):
             plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, mine], smem[name], states_in)
 
+        def whole(name):
+            return tuple(smem[name].at[b] for b in range(n))
+
         def turned(name):
-            return smem[name].transpose(T_CONTRACT)
+            return tuple(ref.transpose(T_CONTRACT) for ref in whole(name))
 
         def load(ref):
             return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
 
         plgpu.barrier_wait(values_in)
-        da, g = products((smem["do"], turned("u")), (smem["dv"], turned("u")))
+        da, g = products((whole("do"), turned("u")), (whole("dv"), turned("u")))
         c_tile = smem["gates"].at[0] if decay else None
         c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
-        smem["da"][...] = (decayed_scores(da, c_row, c_tile, False) * scale).astype(dtype)
+        da = (decayed_scores(da, c_row, c_tile, False) * scale).astype(dtype)
         row = plgpu.broadcasted_iota(jnp.int32, g.shape, 0, layout=WGMMA)
         col = plgpu.broadcasted_iota(jnp.int32, g.shape, 1, layout=WGMMA)
-        g = jnp.where(row > col, decayed_scores(g, c_row, c_tile, False), 0.0)
-        smem["g"][...] = (-g).astype(dtype)
-        plgpu.commit_smem()
+        g = (-jnp.where(row > col, decayed_scores(g, c_row, c_tile, False), 0.0)).astype(dtype)
         beta = plgpu.load(smem["gates"].at[1], layout=WGMMA.reduce(1))
-        dbeta = jnp.sum(load(smem["dv"].at[:, mine]) * load(smem["u"].at[:, mine]), axis=1) / (beta * beta)
+        dbeta = jnp.sum(load(smem["dv"].at[part]) * load(smem["u"].at[part]), axis=1) / (beta * beta)
         gmem["dbeta"].at[batch, head, part, here][...] = dbeta
         plgpu.barrier_wait(states_in)
-        dq, written, erased = products((smem["do"], turned("entering")), (smem["u"], turned("leaving")),
-                                       (smem["dv"], turned("entering")))
+        dq, written, erased = products((whole("do"), turned("entering")), (whole("u"), turned("leaving")),
+                                       (whole("dv"), turned("entering")))
+        # The value tiles are spent: scores, and then results, take their place, so that two programs share a processor.
+        da_tile, g_tile = smem["do"].at[part], smem["dv"].at[part]
+        da_tile[...], g_tile[...] = da, g
+        plgpu.commit_smem()
         dq, erased = dq * scale, -erased
-        inner = jnp.sum(load(smem["entering"]) * load(smem["leaving"]), axis=1)
+        inner = sum(jnp.sum(load(s) * load(r), axis=1)
+                    for s, r in zip(whole("entering"), whole("leaving"), strict=True))
         if decay:
             tot = gmem["total"][batch, head, chunk]
             from_start = rows(jnp.exp2(c_row), dq.shape)
@@ -376,21 +392,21 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, total, *, scale, 
             inner = inner * jnp.exp2(tot)
         k_mine = load(smem["k"])
         gmem["inner"].at[batch, head, part, here][...] = inner + jnp.sum(k_mine * written, axis=1)
-        dq, written, erased = add_products(
-            (dq, smem["da"], smem["k"]), (written, (turned("da"), turned("g")), (smem["q"], smem["k"])),
-            (erased, smem["g"], smem["k"]), interpret=interpret)
+        dq, erased, written = add_products(
+            (dq, da_tile, smem["k"]), (erased, g_tile, smem["k"]),
+            (written, (da_tile.transpose(T_CONTRACT), g_tile.transpose(T_CONTRACT)), (smem["q"], smem["k"])),
+            interpret=interpret)
         dc = jnp.sum(load(smem["q"]) * dq, axis=1) + jnp.sum(k_mine * (erased - written), axis=1)
         gmem["dc"].at[batch, head, part, here][...] = dc
-        smem["da"][...] = dq.astype(dtype)  # staging: the scores are spent
-        smem["g"][...] = (erased + written).astype(dtype)
+        da_tile[...], g_tile[...] = dq.astype(dtype), (erased + written).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem["da"], gmem["dq"].at[batch, here, head, mine])
-        plgpu.copy_smem_to_gmem(smem["g"], gmem["dk"].at[batch, here, head, mine])
+        plgpu.copy_smem_to_gmem(da_tile, gmem["dq"].at[batch, here, head, mine])
+        plgpu.copy_smem_to_gmem(g_tile, gmem["dk"].at[batch, here, head, mine])
         plgpu.wait_smem_to_gmem(0)
 
     got = plgpu.kernel(
         body, out_type=tuple(outs.values()),
-        scratch_types=(scratch, plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=4)),
+        scratch_types=(scratch, plgpu.Barrier(num_arrivals=3 * n + 1), plgpu.Barrier(num_arrivals=2 * n + 2)),
         grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256),
     )(*operands.values())
