@@ -198,7 +198,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
         """Batches [steps_per_call, grad_accum, rows, T] on the devices and learning rates of a call."""
         first, n = call
         ks = [min(k, first + n - 1) for k in range(first, first + opts.steps_per_call)]
-        batches = [data[k] for k in ks]
+        batches = [fields_used(cfg, data[k]) for k in ks]
         shape = (opts.steps_per_call, opts.grad_accum, -1, opts.seq_len)
         batch = {name: np.stack([b[name] for b in batches]).reshape(shape) for name in batches[0]}
         lrs = np.asarray([schedule(k) for k in ks], np.float32)
@@ -208,7 +208,8 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
         """Validation loss in nats per token, every token of the split with the same weight."""
         params = state["ema"] if opts.ema else state["params"]
         batches = prefetch(
-            lambda k: sharding.to_devices(validation[k], sharding.batch_sharding(mesh)), range(len(validation))
+            lambda k: sharding.to_devices(fields_used(cfg, validation[k]), sharding.batch_sharding(mesh)),
+            range(len(validation)),
         )
         nll, weight = np.sum([jax.device_get(s) for s in [eval_step(params, b) for b in batches]], 0, np.float64)
         loss = float(nll / weight)
@@ -272,7 +273,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
 
 
 def open_split(cfg: Config, split: str, batch_size: int):
-    """Batches of one split. In 'stream' packing nothing is reset, so ids and positions are left to the model."""
+    """Batches of one split. Raises ConfigError."""
     source = open_data(
         cfg.data,
         seq_len=cfg.train.seq_len,
@@ -288,6 +289,12 @@ def open_split(cfg: Config, split: str, batch_size: int):
             f"of data source {cfg.data.source!r}"
         )
     return source
+
+
+def fields_used(cfg: Config, batch: dict) -> dict:
+    """`batch` without segment ids and positions in 'stream' packing: a model without resets can take faster paths."""
+    dropped = ("segment_ids", "positions") if cfg.data.pack == "stream" else ()
+    return {name: array for name, array in batch.items() if name not in dropped}
 
 
 def load_state(cfg: Config, directory: Path, like):

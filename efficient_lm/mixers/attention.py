@@ -137,18 +137,21 @@ def score_scale(cfg, model) -> float:
 
 def attend(q, k, v, scale, cfg, *, segment_ids=None):
     """Causal attention of q [B, T, H, D] over k, v [B, T, Hkv, D] -> [B, T, H, D]."""
-    if cfg.implementation == "cudnn" or (cfg.implementation == "auto" and _cudnn_serves(q, cfg, segment_ids)):
+    same_document = None
+    if segment_ids is not None:
+        same_document = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    if cfg.implementation == "cudnn" or (cfg.implementation == "auto" and _cudnn_serves(q, cfg)):
         window = (cfg.window - 1, 0) if cfg.window else None
         return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
+            q, k, v, mask=same_document, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
         )
     t = jnp.arange(q.shape[1])
     mask = t[:, None] >= t
     if cfg.window:
         mask &= t[:, None] - t < cfg.window
     mask = mask[None, None]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    if same_document is not None:
+        mask = mask & same_document
     return softmax_attention(q, k, v, mask, scale, cfg.logit_cap)
 
 
@@ -166,16 +169,14 @@ def softmax_attention(q, k, v, mask, scale, cap):
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, v.shape[-1])
 
 
-def _cudnn_serves(q, cfg, segment_ids) -> bool:
-    # cuDNN's flash attention takes half precision, head sizes up to 128 in steps of 8, and no score cap. Packed
-    # documents would need a dense [T, T] bias there, which costs more than it saves.
+def _cudnn_serves(q, cfg) -> bool:
+    # cuDNN's flash attention takes half precision, head sizes up to 128 in steps of 8, and no score cap.
     return (
         jax.default_backend() == "gpu"
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
         and not cfg.logit_cap
-        and segment_ids is None
     )
 
 
