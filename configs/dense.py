@@ -47,5 +47,8 @@ def large():
         "data": {"source": "prepared", "path": "data/prepared"},
         "optim": {"lr": 3e-4, "schedule": "cosine", "warmup": 0.02},
         # 8 sequences at a time fill an 80 GB GPU.
-        "train": {"steps": 28672, "batch_size": 256, "grad_accum": 32, "seq_len": 2048, "eval_every": 2000, "checkpoint_every": 1000},
+        "train": {
+            **{"steps": 28672, "batch_size": 256, "grad_accum": 32, "seq_len": 2048},
+            **{"eval_every": 2000, "checkpoint_every": 1000},
+        },
     }
