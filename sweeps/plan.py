@@ -1,6 +1,7 @@
 """What a sweep would run and what it would cost: `python -m sweeps.plan --config configs/sweeps/isoflop.py`."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -219,7 +220,8 @@ def plan_from_arguments(args, overrides, store: Store | None) -> Plan:
     plan = make_plan(args.config, overrides)
     calibration = Calibration.read(args.calibration)
     if args.calibrate:
-        calibration.measure(plan.cells)
+        with _on_cores_of_a_worker(default_workers(args.workers)):
+            calibration.measure(plan.cells)
         calibration.write(args.calibration)
     if store:
         calibration.add_runs(store, plan.cells)
@@ -228,6 +230,19 @@ def plan_from_arguments(args, overrides, store: Store | None) -> Plan:
         return plan_within(args.config, overrides, budget, calibration, default_workers(args.workers))
     plan.predict(calibration)
     return plan
+
+
+@contextlib.contextmanager
+def _on_cores_of_a_worker(workers: int):
+    """Restricts this process to what one worker will have; before JAX starts its threads, which keep to it."""
+    from sweeps.local import split_cores
+
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, split_cores(workers)[0])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def default_workers(asked: int | None) -> int:

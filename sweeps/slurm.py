@@ -30,13 +30,9 @@ class CellJob:
         store = Store(self.store)
         store.run_dir(self.run_id).mkdir(parents=True, exist_ok=True)
         with open(store.run_dir(self.run_id) / "log.txt", "a") as log:
-            # SLURM signals every process of the job; the child must survive the one meant for submitit.
-            self.process = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=log,
-                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
-            )
+            # SLURM signals every process of the job; the trainer must survive the one meant for submitit.
+            ignoring = ["sh", "-c", 'trap "" USR2; exec "$@"', "sh", *self.command]
+            self.process = subprocess.Popen(ignoring, stdout=log, stderr=log)
             code = self.process.wait()
         status = store.run(self.run_id).get("status")
         if status not in ENDED:

@@ -85,19 +85,24 @@ class Store:
 
     def _being_trained(self, run_id, run) -> bool:
         """For runs without a worker here: the trainer holds its lock, or lives on another host and still writes."""
-        folder = self.run_dir(run_id)
-        try:
-            with open(folder / ".lock") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            pass
-        except OSError:
+        if self.trainer_holds(run_id):
             return True
         if (run.get("hardware") or {}).get("host") == socket.gethostname():
             return False
-        files = (folder / name for name in ("run.json", "metrics.jsonl"))
+        files = (self.run_dir(run_id) / name for name in ("run.json", "metrics.jsonl"))
         changed = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
         return time.time() - changed < STALE_AFTER_SECONDS
+
+    def trainer_holds(self, run_id: str) -> bool:
+        """Whether a trainer, however it was started, holds the lock that it keeps on its run directory."""
+        try:
+            with open(self.run_dir(run_id) / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
 
     def claim(self, run_id: str) -> None:
         """Records that this process trains the run."""

@@ -30,10 +30,9 @@ def main(argv=None) -> int:
     for line in iter(sys.stdin.readline, ""):
         job = json.loads(line)
         run_id = job["run_id"]
-        store.claim(run_id)
+        store.run_dir(run_id).mkdir(parents=True, exist_ok=True)
         with _output_to(store.run_dir(run_id) / "log.txt"):
             status = run_cell(store, job, trainer_name)
-        store.release(run_id)
         print(json.dumps({"run_id": run_id, "status": status}), file=answers, flush=True)
         if status == "preempted":
             return 0
@@ -41,7 +40,22 @@ def main(argv=None) -> int:
 
 
 def run_cell(store: Store, job: dict, trainer_name: str) -> str:
-    """Trains one cell and returns its final status; whatever goes wrong ends up in its run.json."""
+    """Trains one cell and returns its final status; whatever goes wrong ends up in its run.json.
+
+    A cell that another process trains (a job of an earlier SLURM launch, say) is left alone: 'running'.
+    """
+    run_id = job["run_id"]
+    if store.trainer_holds(run_id):
+        return "running"
+    store.claim(run_id)
+    try:
+        return _train(store, job, trainer_name)
+    finally:
+        store.release(run_id)
+        _forget_compiled()
+
+
+def _train(store: Store, job: dict, trainer_name: str) -> str:
     run_id = job["run_id"]
     try:
         from efficient_lm.config import from_dict
@@ -53,8 +67,6 @@ def run_cell(store: Store, job: dict, trainer_name: str) -> str:
         traceback.print_exc()
         if store.run(run_id).get("status") not in ENDED:
             store.end(run_id, "failed", _one_line(error), **job["fields"])
-    finally:
-        _forget_compiled()
     status = store.run(run_id).get("status")
     if status not in ENDED:
         store.end(run_id, "failed", f"the trainer returned with status {status!r}", **job["fields"])

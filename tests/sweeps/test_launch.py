@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps import launch, local, status
+from sweeps import launch, local, status, worker
 from sweeps.plan import make_plan
 from sweeps.store import Store, write_json
 
@@ -109,8 +110,8 @@ def test_stale_and_preempted_cells_run_again(make_sweep, tmp_path):
     plan, store = make_sweep("ok", "ok"), Store(tmp_path / "store")
     store.end(plan.cells[0].run_id, "preempted", "stopped")
     store.end(plan.cells[1].run_id, "running", "")
-    worker = {"pid": 999999999, "process_start": None, "host": os.uname().nodename}
-    write_json(store.run_dir(plan.cells[1].run_id) / "worker.json", worker)
+    gone = {"pid": 999999999, "process_start": None, "host": os.uname().nodename}
+    write_json(store.run_dir(plan.cells[1].run_id) / "worker.json", gone)
     assert states(plan, store) == ["preempted", "stale"]
     assert run(plan, store, workers=1) == 0
 
@@ -120,6 +121,17 @@ def test_a_cell_that_runs_elsewhere_is_left_alone(make_sweep, tmp_path):
     store.claim(plan.cells[0].run_id)
     assert states(plan, store) == ["running", "missing"]
     assert launch.waiting_cells(plan.cells, store, again=True) == plan.cells[1:]
+
+
+def test_a_worker_leaves_a_cell_alone_that_another_trainer_holds(make_sweep, tmp_path):
+    """A cell that waits in a SLURM queue can start between the plan and the turn of the cell here."""
+    cell, store = make_sweep("ok").cells[0], Store(tmp_path / "store")
+    store.end(cell.run_id, "running", None)
+    with open(store.run_dir(cell.run_id) / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        job = {"run_id": cell.run_id, "config": {}, "fields": {}}
+        assert worker.run_cell(store, job, FAKE) == "running"
+    assert store.run(cell.run_id)["status"] == "running" and trained(store, cell) == []
 
 
 def test_a_trainer_that_cannot_be_imported_fails_every_cell(make_sweep, tmp_path):

@@ -49,6 +49,7 @@ def test_a_preempted_job_saves_at_once_and_asks_for_itself_again(tmp_path):
     def preempt(number, frame):
         while not (tmp_path / "store" / "abc" / "ready").exists():
             time.sleep(0.02)
+        own.process.send_signal(signal.SIGUSR2)  # SLURM sends it to every process of the job
         started = time.monotonic()
         seen["again"] = own.checkpoint()
         seen["seconds"] = time.monotonic() - started
