@@ -4,7 +4,7 @@
 
 Every row is one operator at one shape, forward and forward + backward (all gradients, gates included), bf16, fresh
 random inputs. `ms`: calls with the L2 cache flushed before each, launches included (flush + call less flush alone).
-`kernel_ms`: the same call repeated inside one jitted loop, L2 warm, no host in between. `floor_ms`: the larger of FLOPs
+`kernel_ms`: calls queued back to back, L2 warm, so that launches hide behind the kernels before them. `floor_ms`: the larger of FLOPs
 over the measured matmul rate and compulsory bytes over the measured copy rate. Medians. `--peers` takes the JSON of a
 benchmark run on the same GPU whose rows have op, shape, mode, ms and graph_ms.
 """
@@ -19,7 +19,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import reference
+from pallas_kernels.gpu import delta_rule as gpu_delta
 from pallas_kernels.gpu import linear_attention as gpu_linear
+from pallas_kernels.xla import delta_rule as xla_delta
 from pallas_kernels.xla import linear_attention as xla_linear
 
 SHAPES = [(8, 2048, 16, 128), (4, 4096, 16, 128), (1, 16384, 16, 128), (8, 2048, 32, 64)]
@@ -37,19 +39,33 @@ def linear_inputs(decay):
     return make
 
 
+def delta_inputs(decay):
+    def make(key, b, t, h, d):
+        keys = jax.random.split(key, 2)
+        q, k, v, *gates = linear_inputs(decay)(keys[0], b, t, h, d)
+        q, k = (x * lax.rsqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)) for x in (q, k))
+        beta = jax.nn.sigmoid(jax.random.normal(keys[1], (b, t, h)))
+        return q.astype(v.dtype), k.astype(v.dtype), v, beta, *gates
+    return make
+
+
 # name: (inputs, ours, XLA, reference, peer's name, floor's terms)
 OPS = {f"linear_attention/{decay}": (linear_inputs(decay), gpu_linear.linear_attention, xla_linear.linear_attention,
                                      reference.linear_attention, peer, "linear")
-       for decay, peer in (("none", None), ("head", "lightning"), ("token", "simple_gla"))}
+       for decay, peer in (("token", "simple_gla"), ("head", "lightning"), ("none", None))}
+OPS |= {f"delta_rule/{decay}": (delta_inputs(decay), gpu_delta.delta_rule, xla_delta.delta_rule, reference.delta_rule,
+                                peer, "delta")
+        for decay, peer in (("token", "gated_delta_rule"), ("none", "delta_rule"))}
 
 
 def flops_and_bytes(family, backward, b, t, h, d):
     """Model FLOPs of the chunked algorithm (chunk 64) and compulsory bytes, forward or forward + backward."""
-    del family
-    tokens, gates = b * t * h, 4
-    flops, size = 4 * CHUNK * d + 4 * d * d, 8 * d + gates
+    tokens, c = b * t * h, CHUNK
+    forward, back, gates = {"linear": (4 * c * d + 4 * d * d, 10 * c * d + 10 * d * d, 4),
+                            "delta": (10 * c * d + 6 * d * d + c * c, 28 * c * d + 16 * d * d + 4 * c * c, 8)}[family]
+    flops, size = forward, 8 * d + gates
     if backward:
-        flops, size = flops + 10 * CHUNK * d + 10 * d * d, size + 14 * d + 2 * gates
+        flops, size = forward + back, size + 14 * d + 2 * gates
     return tokens * flops, tokens * size
 
 
@@ -80,17 +96,13 @@ def time_flushed(f, args, buffer, repeats=30):
     return (seconds(both, repeats) - seconds(alone, repeats)) * 1e3
 
 
-def time_kernel(f, args, repeats=30):
-    out = jax.eval_shape(f, *args)
+def time_queued(f, args, repeats=30):
+    def queue(n):
+        for _ in range(n):
+            out = f(*args)
+        jax.block_until_ready(out)
 
-    @jax.jit
-    def loop(args, n):
-        def body(_, carry):
-            fresh, _ = lax.optimization_barrier((args, carry))  # the next call waits for the last one
-            return f(*fresh)
-        return lax.fori_loop(0, n, body, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out))
-
-    return seconds(lambda n: jax.block_until_ready(loop(args, n)), repeats) * 1e3
+    return seconds(queue, repeats) * 1e3
 
 
 def value_and_gradients(op, n, scale=0.1):
@@ -117,9 +129,9 @@ def check(name, d):
 def ceilings():
     """Measured bf16 matmul rate (FLOP/s) and copy rate (bytes/s, read and written)."""
     a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    matmul = 2 * 8192**3 / time_kernel(lambda a: (a @ a).astype(jnp.bfloat16), (a,), 10) * 1e3
+    matmul = 2 * 8192**3 / time_queued(jax.jit(lambda a: a @ a), (a,), 10) * 1e3
     x = jax.random.normal(jax.random.key(1), (2**29,), jnp.bfloat16)
-    copy = 4 * 2**29 / time_kernel(lambda x: x + 1, (x,), 10) * 1e3
+    copy = 4 * 2**29 / time_queued(jax.jit(lambda x: x + 1), (x,), 10) * 1e3
     return matmul, copy
 
 
@@ -137,7 +149,7 @@ def bench(name, shape, *, rates, buffer, with_xla):
             jitted = jax.jit(f)
             jax.block_until_ready(jitted(*inputs))
             first = time.perf_counter() - start
-            ms, kernel_ms = time_flushed(jitted, inputs, buffer), time_kernel(f, inputs)
+            ms, kernel_ms = time_flushed(jitted, inputs, buffer), time_queued(jitted, inputs)
             row = dict(op=name, implementation=implementation, shape=shape, mode=mode, ms=ms, kernel_ms=kernel_ms,
                        floor_ms=floor, of_floor=floor / kernel_ms, tflops=flops / kernel_ms / 1e9,
                        gbs=size / kernel_ms / 1e6, first_call_s=first, peer=peer)
@@ -153,7 +165,7 @@ def main():
     parser.add_argument("--ops", default=",".join(OPS), help="comma list")
     parser.add_argument("--shapes", default="0,1,2,3", help="comma list of indices into SHAPES")
     parser.add_argument("--peers", default="", help="JSON of a peer benchmark run on this GPU")
-    parser.add_argument("--no-xla", action="store_true")
+    parser.add_argument("--xla-shapes", default="0", help="indices of shapes at which XLA is timed too")
     parser.add_argument("--no-check", action="store_true")
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
@@ -168,12 +180,13 @@ def main():
             kept = ("op", "shape", "mode", "ms", "graph_ms")
             doc["peers"] = [{k: row[k] for k in kept if k in row} for row in json.load(f)["rows"] if "ms" in row]
     for name in args.ops.split(","):
-        for d in () if args.no_check else (64, 128):
+        for d in () if args.no_check else (128,):
             doc["checks"][f"{name} D{d}"] = errors = check(name, d)
             print(f"{name} D{d} relative errors", " ".join(f"{e:.4f}" for e in errors), flush=True)
         for i in args.shapes.split(","):
             try:
-                doc["rows"] += bench(name, SHAPES[int(i)], rates=rates, buffer=buffer, with_xla=not args.no_xla)
+                with_xla = i in args.xla_shapes.split(",")
+                doc["rows"] += bench(name, SHAPES[int(i)], rates=rates, buffer=buffer, with_xla=with_xla)
             except jax.errors.JaxRuntimeError as error:
                 print(f"{name} {SHAPES[int(i)]}: {str(error)[:300]}")
         with open(args.out, "w") as f:

@@ -1,0 +1,121 @@
+"""Hopper kernels of the (gated) delta rule: lowered for CUDA, interpreted on CPU, run on a GPU if any."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import reference
+from pallas_kernels.gpu import delta_rule as gpu
+from tests.kernels.test_gpu_linear_attention import HOPPER, on_gpu
+
+
+def make(b, t, h, d, *, decay=True, initial=False, gate=-3.0, beta=None, keys="random", seed=0):
+    """(q, k, v, beta, log_decay, initial_state), a cotangent of o and one of the final state."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.normal(size=shape)  # noqa: E731
+    q, k = normal(b, t, h, d), normal(b, t, h, d)
+    if keys == "repeated":
+        k = np.broadcast_to(k[:, :1], k.shape) + 0.1 * k
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    strength = 1 / (1 + np.exp(-normal(b, t, h))) if beta is None else np.full((b, t, h), beta)
+    log_decay = jnp.asarray(-np.exp(normal(b, t, h) + gate), jnp.float32) if decay else None
+    state = jnp.asarray(normal(b, h, d, d), jnp.float32) if initial else None
+    half = functools.partial(jnp.asarray, dtype=jnp.bfloat16)
+    arrays = half(q), half(k), half(normal(b, t, h, d)), jnp.asarray(strength, jnp.float32), log_decay, state
+    return arrays, half(normal(b, t, h, d)), jnp.asarray(normal(b, h, d, d), jnp.float32)
+
+
+def errors(arrays, do, dstate, *, segment_ids=None, interpret=None):
+    """‖ours - reference‖ / ‖reference‖ of o, the final state and every gradient; the reference is float64."""
+    def run(op, arrays):
+        def outputs(q, k, v, beta, log_decay, state):
+            return op(q, k, v, beta, log_decay, scale=0.3, initial_state=state, segment_ids=segment_ids)
+
+        out, vjp = jax.vjp(outputs, *arrays)
+        return out, vjp(jax.tree.map(lambda ct, o: ct.astype(o.dtype), (do, dstate), out))
+
+    ours = jax.jit(functools.partial(run, functools.partial(gpu.delta_rule, interpret=interpret)))(arrays)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arrays)
+        want = jax.jit(functools.partial(run, reference.delta_rule))(wide)
+    as_float64 = lambda x: np.asarray(x, np.float64)  # noqa: E731
+    ours, want = (list(map(as_float64, jax.tree.leaves(x))) for x in (ours, want))
+    assert all(np.isfinite(a).all() for a in ours)
+    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, want, strict=True)]
+
+
+@pytest.mark.parametrize("d, decay", [(64, True), (128, True), (128, False)])
+def test_forward_and_backward_lower_for_hopper(d, decay):
+    arrays, do, _ = make(2, 300, 3, d, decay=decay)
+
+    def both(*arrays):
+        o, vjp = jax.vjp(lambda *a: gpu.delta_rule(*a, scale=1.0)[0], *arrays)
+        return o, vjp(do)
+
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        text = jax.jit(both).trace(*arrays[:5]).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 5
+
+
+@pytest.mark.parametrize("case", ["gated", "segments"])
+def test_interpreted_matches_the_reference(case):
+    interpret = plgpu.InterpretGPUParams()
+    if case == "gated":
+        got = errors(*make(1, 128, 1, 64, initial=True), interpret=interpret)
+    else:
+        ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 20, axis=1).reshape(1, 100), jnp.int32)
+        got = errors(*make(1, 100, 1, 64, decay=False), segment_ids=ids, interpret=interpret)
+    assert max(got) < 0.01, got
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("change, word", [
+    (dict(dtype=jnp.float32), "bfloat16"), (dict(v=128), "head sizes"), (dict(chunk_size=32), "chunk_size"),
+    (dict(decay_shape=(1, 64, 2, 64)), "log_decay")])
+def test_unsupported_calls_get_a_reason(change, word):
+    dtype = change.get("dtype", jnp.bfloat16)
+    struct = lambda size: jax.ShapeDtypeStruct((1, 64, 2, size), dtype)  # noqa: E731
+    decay = jax.ShapeDtypeStruct(change.get("decay_shape", (2,)), jnp.float32)
+    reason = gpu.supports(struct(64), struct(64), struct(change.get("v", 64)), None, decay,
+                          chunk_size=change.get("chunk_size"))
+    assert word in reason
+    assert gpu.supports(*[jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)] * 3, scale=1.0) is None
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("t", [1, 130, 1024])
+@pytest.mark.parametrize("d, decay", [(64, True), (128, True), (128, False)])
+def test_gpu_matches_the_reference(t, d, decay):
+    got = errors(*make(2, t, 3, d, decay=decay, initial=True))
+    assert max(got) < 0.012, got
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("beta", [0.0, 0.98, 1.9])
+@pytest.mark.parametrize("keys", ["random", "repeated"])
+def test_gpu_beta_extremes(beta, keys):
+    got = errors(*make(1, 512, 2, 128, beta=beta, keys=keys, gate=-4.0, initial=True))
+    assert max(got[:2]) < 0.02, got
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_gpu_segments_match_the_reference():
+    ids = jnp.asarray(np.cumsum(np.random.default_rng(0).random((2, 1000)) < 0.02, axis=1), jnp.int32)
+    assert max(errors(*make(2, 1000, 3, 128, initial=True), segment_ids=ids)) < 0.012
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_gpu_output_is_bitwise_causal_and_repeatable():
+    (q, k, v, beta, log_decay, _), _, _ = make(1, 1024, 2, 128)
+    run = jax.jit(lambda *a: gpu.delta_rule(*a, scale=0.3)[0])
+    first, again = run(q, k, v, beta, log_decay), run(q, k, v, beta, log_decay)
+    changed = run(*(x.at[:, 700:].multiply(0.5) for x in (q, k, v, beta, log_decay)))
+    assert jnp.array_equal(first, again)
+    assert jnp.array_equal(first[:, :700], changed[:, :700]) and not jnp.array_equal(first, changed)
