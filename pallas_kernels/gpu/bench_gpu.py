@@ -4,9 +4,9 @@
 
 Every row is one operator at one shape, forward and forward + backward (all gradients, gates included), bf16, fresh
 random inputs. `ms`: calls with the L2 cache flushed before each, launches included (flush + call less flush alone).
-`kernel_ms`: calls queued back to back, L2 warm, so that launches hide behind the kernels before them. `floor_ms`: the larger of FLOPs
-over the measured matmul rate and compulsory bytes over the measured copy rate. Medians. `--peers` takes the JSON of a
-benchmark run on the same GPU whose rows have op, shape, mode, ms and graph_ms.
+`kernel_ms`: calls queued back to back, L2 warm, so that launches hide behind the kernels before them. `floor_ms`: the
+larger of FLOPs over the measured matmul rate and compulsory bytes over the measured copy rate. Medians. `--peers` takes
+the JSON of a benchmark run on the same GPU whose rows have op, shape, mode, ms and graph_ms.
 """
 import argparse
 import json
@@ -189,8 +189,8 @@ def main():
                 doc["rows"] += bench(name, SHAPES[int(i)], rates=rates, buffer=buffer, with_xla=with_xla)
             except jax.errors.JaxRuntimeError as error:
                 print(f"{name} {SHAPES[int(i)]}: {str(error)[:300]}")
-        with open(args.out, "w") as f:
-            json.dump(doc, f, indent=1)
+            with open(args.out, "w") as f:
+                json.dump(doc, f, indent=1)
 
 
 if __name__ == "__main__":
