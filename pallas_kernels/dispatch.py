@@ -7,7 +7,7 @@ operator and
 
 called with every array argument of the operator by name (`jax.ShapeDtypeStruct`, or None where absent) and the
 static options. It returns None when the call can be served, else one line saying why not. `reference` and `xla`
-serve every call.
+serve every call. The TPU kernels run anywhere when asked for (interpreted off a TPU), the GPU kernels on a GPU only.
 """
 import importlib
 import importlib.util
@@ -28,6 +28,8 @@ def _load(op, implementation):
     if importlib.util.find_spec(f"pallas_kernels.{_PLATFORM[implementation]}") is None or \
             importlib.util.find_spec(name) is None:
         return None, f"there is no {implementation} kernel for {op}"
+    if implementation == "pallas_gpu" and jax.default_backend() != "gpu":
+        return None, f"needs an NVIDIA GPU, the default backend is {jax.default_backend()}"
     module = importlib.import_module(name)
     return getattr(module, op), module.supports
 
