@@ -156,8 +156,12 @@ class Store:
     @contextmanager
     def locked(self):
         """Held by a launcher, so that two of them never train the same cell. Raises ConfigError when taken."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "launcher.lock", "a+") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / "launcher.lock", "a+")
+        except OSError as error:
+            raise ConfigError(f"store = {str(self.path)!r}: can't be written ({error.strerror.lower()})") from None
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

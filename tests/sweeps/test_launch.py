@@ -221,10 +221,11 @@ def test_bad_arguments_give_one_line_and_leave_the_store(make_sweep, tmp_path, c
         [*good, "--tokens-per-second", "-1"],
         [*good, "--config.train.stepps=3"],
         [*good, "--config.model.d_model=15"],
+        ["--config", plan.config, "--store", "/proc/none/store"],
     ):
         assert launch.main(bad) == launch.EXIT_CONFIG
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 6 and all(line.startswith("error: ") for line in lines)
+    assert len(lines) == 7 and all(line.startswith("error: ") for line in lines)
     assert not store.exists()
 
 
