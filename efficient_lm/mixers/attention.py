@@ -39,6 +39,7 @@ class AttentionConfig(MixerConfig):
 @MIXERS.register("attention")
 class Attention(Mixer):
     Config = AttentionConfig
+    kernel = "softmax attention"
 
     def __init__(self, cfg, model, make):
         d = model.d_model

@@ -29,6 +29,7 @@ class Mixer(nnx.Module):
     """Base class. `cfg` is the mixer's own config, `model` the ModelConfig (for d_model, norm_eps, ...)."""
 
     Config = MixerConfig
+    kernel = ""  # the operator that it runs on, for the table of `python -m efficient_lm.mixers`
 
     def __init__(self, cfg, model, make):
         """Create parameters with `make` (layers.Maker).

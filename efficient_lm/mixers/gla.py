@@ -38,6 +38,7 @@ class GLAConfig(MixerConfig):
 @MIXERS.register("gla")
 class GLA(Mixer):
     Config = GLAConfig
+    kernel = "linear attention, decay per channel"
 
     def __init__(self, cfg, model, make):
         d, (d_k, d_v) = model.d_model, cfg.widths(model.d_model)

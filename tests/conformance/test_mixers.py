@@ -14,9 +14,11 @@ from efficient_lm.config import MeshConfig, from_dict
 from efficient_lm.counting import traced_matmul_flops
 from efficient_lm.layers import Context, Maker
 from efficient_lm.mixers import MIXERS
-from efficient_lm.model import LM, Part
+from efficient_lm.model import Part
 
 B, T, D = 2, 40, 32
+# What is tested is the traced program, not LLVM's optimiser, which would take most of the time.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # More settings worth the whole suite; every mixer also runs with its defaults.
 VARIANTS = {
     "attention": {
@@ -24,6 +26,12 @@ VARIANTS = {
         "mqa-cap": {"n_heads": 2, "n_kv_heads": 1, "logit_cap": 5.0},
     },
     "gla": {"strong-decay": {"n_heads": 2, "gate_normalizer": 0.1}},
+    "linear_attention": {"relu": {"feature_map": "relu", "normalise": False}},
+    "lightning": {"linear": {"decay": "linear"}},
+    "deltanet": {"reflecting-gated": {"allow_neg_eigval": True, "output_gate": True, "n_heads": 2}},
+    "gated_deltanet": {"product": {"n_householder": 2, "allow_neg_eigval": True, "expand_k": 0.5, "expand_v": 1.0}},
+    "mlstm": {"sigmoid": {"input_gate": "sigmoid", "n_heads": 2}},
+    "retnet": {"plain": {"rotation": False, "n_heads": 2}},
 }
 CASES = {f"{name}": (name, {}) for name in MIXERS} | {
     f"{name}-{label}": (name, settings) for name, all_ in VARIANTS.items() for label, settings in all_.items()
@@ -39,11 +47,15 @@ class Case:
         self.model = from_dict(self.values).model
         self.cfg, self.cls = self.model.mixers[kind], MIXERS[kind]
         self.part = self._part(self.cfg)
-        self.params = self.part.init(jax.random.key(0), 1)
+        self.params = compiled(self._random_params)(jax.random.key(0))
+        self.forward = compiled(self.apply)
+        # (params, x, cotangent of y, part) -> (gradients of both, y)
+        self.gradient = compiled(jax.grad(self.weighted_sum, argnums=(0, 1), has_aux=True), static_argnums=3)
+
+    def _random_params(self, key):
         # Zero or one as initial value of a gate or norm would hide mistakes.
-        keys = iter(jax.random.split(jax.random.key(1), 1000))
-        self.params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), self.params)
-        self.forward = jax.jit(self.apply)
+        params, keys = self.part.init(key, 1), iter(jax.random.split(jax.random.key(1), 1000))
+        return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
 
     def _part(self, cfg):
         return Part(lambda key, layer=1: self.cls(cfg, self.model, Maker(key, self.model, layer)), 1)
@@ -53,6 +65,10 @@ class Case:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         mixer = (part or self.part).bind(params)
         return mixer(x, Context(segment_ids, positions, {}))[0]
+
+    def weighted_sum(self, params, x, weights, part=None):
+        y = self.apply(params, x, part=part)
+        return jnp.sum(y * weights), y
 
     def oracle(self):
         """The same mixer as slow and exact as it goes: token-by-token operators in float64."""
@@ -104,7 +120,7 @@ def test_rows_of_a_batch_are_independent(name):
 def test_step_by_step_equals_parallel(name):
     c, x = case(name), inputs(4)
     part = c.part.bind(c.params)
-    step = jax.jit(lambda params, x, state: c.part.bind(params).step(x, state))
+    step = compiled(lambda params, x, state: c.part.bind(params).step(x, state))
     state, outputs = part.init_state(B, T), []
     for t in range(T):
         y, state = step(c.params, x[:, t], state)
@@ -120,26 +136,26 @@ def test_document_resets_equal_separate_sequences(name):
     segments = jnp.broadcast_to(jnp.repeat(jnp.arange(1, 5), lengths), (B, T))
     positions = jnp.broadcast_to(jnp.concatenate([jnp.arange(n) for n in lengths]), (B, T))
     packed = c.forward(c.params, x, segments, positions)
-    alone = [c.forward(c.params, x[:, a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-    assert relative(packed, jnp.concatenate(alone, 1)) < 1e-5
+    # Each document alone, in front of zeros that it can't see: one compiled length.
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        alone = c.forward(c.params, jnp.zeros_like(x).at[:, : end - start].set(x[:, start:end]))
+        assert relative(packed[:, start:end], alone[:, : end - start]) < 1e-5
 
 
 @all_cases
 def test_values_and_gradients_against_float64(name):
     c = case(name)
     x, cotangent = inputs(6), inputs(7)
-    gradient = jax.jit(jax.grad(lambda p, x: jnp.sum(c.apply(p, x) * cotangent), argnums=(0, 1)))
-    y, grads = c.forward(c.params, x), gradient(c.params, x)
-    oracle = c.oracle()
+    grads, y = c.gradient(c.params, x, cotangent)
     with jax.enable_x64(True):
-        p64, x64, ct64 = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), (c.params, x, cotangent))
-        loss = jax.jit(lambda p, x: jnp.sum(c.apply(p, x, part=oracle) * ct64))
-        exact = jax.grad(loss, argnums=(0, 1))(p64, x64)
-        exact_y = c.apply(p64, x64, part=oracle)
+        wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), (c.params, x, cotangent))
+        exact, exact_y = c.gradient(*wide, c.oracle())
         assert exact_y.dtype == jnp.float64
     assert relative(y, exact_y) < 1e-5
+    # A sum that cancels (the scale of something that is normalised later) keeps the rounding of its terms.
+    rounding = 1e-7 * norm(exact)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
-        assert relative(got, want) < 2e-5
+        assert np.linalg.norm(got - want) < 2e-5 * np.linalg.norm(want) + rounding
 
 
 @pytest.mark.quick
@@ -151,63 +167,59 @@ def test_parameters_flops_and_state_as_declared(name):
     stored = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state))
     assert c.cls.state_bytes(c.cfg, c.model, T) == stored
     flops = c.cls.flops_per_token(c.cfg, c.model, T)
-    traced = traced_matmul_flops(c.apply, c.params, inputs(8, (1, T, D))) / T
+    # What one more sequence costs: work on fixed decays is done once a call.
+    two, one = (traced_matmul_flops(c.apply, c.params, inputs(8, (rows, T, D))) for rows in (2, 1))
+    traced = (two - one) / T
     assert flops.hardware == pytest.approx(traced, rel=1e-6)
     assert flops.causal <= flops.full
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_sharded_equals_one_device(name):
-    """Loss and gradients of a model over data, fsdp and tensor axes are those of a single device."""
-    # A large eps: the norm of an output that happens to be near 0 (q.k of a first token) would amplify rounding.
-    lm = LM(dataclasses.replace(case(name).model, norm_eps=1e-2))
-    params = lm.init(jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (4, T), 0, 16)
-    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), 4, jax.devices()[:8])
-    assert mesh.size == 8
-
-    def loss(params, tokens, constrain):
-        return jnp.mean(jnp.sin(lm(params, tokens, constrain=constrain)[0]))
-
-    places = jax.tree.map(lambda leaf: leaf.sharding, sharding.place(params, mesh))
-    grad = jax.value_and_grad(functools.partial(loss, constrain=sharding.residual_constraint(mesh)))
-    spread = jax.jit(grad, out_shardings=(sharding.replicated(mesh), places))
-    got = spread(jax.device_put(params, places), jax.device_put(tokens, sharding.batch_sharding(mesh)))
-    want = jax.jit(jax.value_and_grad(functools.partial(loss, constrain=lambda x: x)))(params, tokens)
-    split = [leaf for leaf in jax.tree.leaves(got[1]) if not leaf.is_fully_replicated]
-    assert len(split) >= 4
+    """Values and gradients with parameters over fsdp and tensor, rows over data and fsdp, are those of one device."""
+    c, x, cotangent = case(name), inputs(9), inputs(10)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), B, jax.devices()[:4])
+    assert mesh.size == 4
+    rows = sharding.batch_sharding(mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, sharding.place({"prefix/0/mixer": c.params}, mesh))
+    places = places["prefix/0/mixer"]
+    spread = compiled(jax.grad(c.weighted_sum, argnums=(0, 1), has_aux=True), out_shardings=((places, rows), rows))
+    (got, got_x), got_y = spread(jax.device_put(c.params, places), *jax.device_put((x, cotangent), rows))
+    (want, want_x), want_y = c.gradient(c.params, x, cotangent)
+    assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(got)) >= 3
+    assert relative(got_y, want_y) < 2e-5 and relative(got_x, want_x) < 2e-5
+    rounding = 1e-7 * norm(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert relative(a, b) < 2e-5
+        assert np.linalg.norm(a - b) < 2e-5 * np.linalg.norm(b) + rounding
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_short_run_learns(name):
-    """Loss of a two-layer model on 'repeat the token before last' falls well below the uniform log(16)."""
-    c = case(name)
-    config = from_dict(c.values)
-    lm = LM(config.model)
-    optimizer = optax.adam(1e-2)
+    """Adam learns to tell the sign of a row from many noisy tokens, better than any function of one token can."""
+    c, rng, optimizer = case(name), np.random.default_rng(0), optax.adam(1e-2)
 
-    @jax.jit
-    def step(params, state, key):
-        start = jax.random.randint(key, (16, 2), 0, 16)
-        tokens = jnp.tile(start, (1, 8))
-
-        def loss(params):
-            logits, _ = lm(params, tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits[:, 2:], tokens[:, 3:]).mean()
-
-        value, grads = jax.value_and_grad(loss)(params)
+    @compiled
+    def update(params, state, grads):
         updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state
 
-    params = lm.init(jax.random.key(0))
-    state, losses = optimizer.init(params), []
-    for i in range(60):
-        params, state, loss = step(params, state, jax.random.key(i))
-        losses.append(float(loss))
-    assert np.mean(losses[:3]) > 2.0
-    assert np.mean(losses[-5:]) < 0.7 * np.log(16)
+    params = compiled(lambda key: c.part.init(key, 1))(jax.random.key(0))
+    state, errors = optimizer.init(params), []
+    for _ in range(60):
+        sign = rng.choice([-1.0, 1.0], size=(B, 1, 1))
+        # Every other channel is the sign plus noise of the token; the others are 1, for gates that need a constant.
+        x = np.where(np.arange(D) % 2 == 0, sign + rng.normal(size=(B, T, 1)), 1.0).astype(np.float32)
+        error = np.mean(c.forward(params, x), -1, keepdims=True) - sign
+        weights = np.where(np.arange(T)[:, None] < T // 2, 0.0, error) / D
+        grads, _ = c.gradient(params, x, np.broadcast_to(weights, x.shape).astype(np.float32))
+        params, state = update(params, state, grads[0])
+        errors.append(np.mean(np.square(error[:, T // 2 :])))
+    memoryless = 0.449  # E (1 - tanh z)^2 for z ~ N(1, 1), the error of the posterior mean
+    assert np.mean(errors[-10:]) < memoryless / 2
+
+
+def norm(tree):
+    return np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 def relative(got, want):

@@ -1,0 +1,58 @@
+"""Every mixer in the place of softmax attention: configs/dense.py with another mixer and the same number of parameters.
+
+    python -m efficient_lm.train --config configs/mixers.py:gated_deltanet-tiny --workdir runs/gdn_tiny
+    python -m efficient_lm.mixers --d-model 1024          # a table of all mixers
+
+The argument is MIXER-tiny, MIXER-small or MIXER-340M. Width and depth are those of configs/dense.py, and the FFN is
+made wider or narrower so that the parameters outside the embeddings agree (a test holds them within 3 %). That goes
+for RetNet (mixer 8 d^2) and for Mamba and Mamba-2 (6 d^2) as well, which their papers balance in another way: an FFN
+of 4 d^2, and no FFN in twice as many layers. Head sizes of 340M are those of the papers at that scale.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import dense
+from efficient_lm.config import from_dict
+from efficient_lm.counting import count_params
+from efficient_lm.mixers import MIXERS
+from efficient_lm.schema import ConfigError, nearest
+
+SIZES = {"tiny": dense.tiny, "small": dense.small, "340M": dense.large}
+HEADS_340M = {
+    "attention": 16,
+    "deltanet": 8,
+    "gated_deltanet": 3,
+    "hgrn2": 8,
+    "kda": 8,
+    "lightning": 8,
+    "linear_attention": 8,
+    "mamba2": 32,
+    "rg_lru": 8,
+    "rwkv7": 16,
+}
+MORE_340M = {"mamba2": {"d_state": 128}}
+
+
+def get_config(arg="gated_deltanet-tiny"):
+    """`arg` is MIXER-SIZE."""
+    mixer, _, size = arg.rpartition("-")
+    if mixer not in MIXERS:
+        raise ConfigError(f"config variant {arg!r}: no such mixer {mixer!r}; {nearest(mixer, MIXERS)}")
+    if size not in SIZES:
+        raise ConfigError(f"config variant {arg!r}: no such size {size!r}; {nearest(size, SIZES)}")
+    values = SIZES[size]()
+    wanted = non_embedding(values)
+    settings = {}
+    if size == "340M":
+        settings = ({"n_heads": HEADS_340M[mixer]} if mixer in HEADS_340M else {}) | MORE_340M.get(mixer, {})
+    values["name"] = f"{mixer}-{size}"
+    values["model"] |= {"pattern": (mixer,), "mixers": {mixer: settings}, "ffns": {"dense": {"d_ff": 1}}}
+    step = 64 if size == "340M" else 8
+    per_unit = 3 * values["model"]["d_model"] * values["model"]["n_layers"]
+    values["model"]["ffns"]["dense"]["d_ff"] = step * round((wanted - non_embedding(values)) / per_unit / step)
+    return ConfigDict(values)
+
+
+def non_embedding(values) -> int:
+    """Parameters outside embeddings and head."""
+    return count_params(from_dict(values))["non_embedding"]
