@@ -83,17 +83,15 @@ def seconds(run, repeats):
 def time_flushed(f, args, buffer, repeats=30):
     flush = jax.jit(lambda x: x + 1)
 
-    def both(n):
-        for _ in range(n):
-            scratch, out = flush(buffer), f(*args)
-        jax.block_until_ready((scratch, out))
+    def queue(with_call):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            last = flush(buffer), f(*args) if with_call else None
+        jax.block_until_ready(last)
+        return (time.perf_counter() - start) / repeats * 1e3
 
-    def alone(n):
-        for _ in range(n):
-            scratch = flush(buffer)
-        jax.block_until_ready(scratch)
-
-    return (seconds(both, repeats) - seconds(alone, repeats)) * 1e3
+    queue(True), queue(False)
+    return statistics.median(queue(True) - queue(False) for _ in range(9))  # in turns: a hiccup spoils one difference
 
 
 def time_queued(f, args, repeats=30):

@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu.delta_pass import chunk_inverses, delta_forward, delta_gradients, delta_reverse
 from pallas_kernels.gpu.gates import by_chunk, chunk_decays, gate_gradient, pad_tokens, token_decays
-from pallas_kernels.gpu.tiles import BLOCK, CHUNK
+from pallas_kernels.gpu.tiles import BLOCK, CHUNK, not_hopper
 from pallas_kernels.steps import repeat_heads
 
 # dbeta is computed as a quotient by beta; this much is added to what a beta of 0 writes, 2^-20 of a full write.
@@ -21,8 +21,10 @@ FEW_HEADS = 66  # at most this many (batch, head) pairs: give each value block a
 
 
 def supports(q, k, v, beta=None, log_decay=None, *, chunk_size=None, **_):
-    """None where `delta_rule` takes these arrays, else why not, in one line. Looks at shapes and dtypes only."""
+    """None where `delta_rule` takes these arrays, else why not, in one line. Values are not looked at."""
     del beta
+    if reason := not_hopper():
+        return reason
     if chunk_size not in (None, CHUNK):
         return f"chunk_size must be {CHUNK} or None, got {chunk_size}"
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:

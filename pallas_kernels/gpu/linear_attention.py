@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
 from pallas_kernels.gpu.gates import chunk_decays, gate_gradient, pad_tokens, token_decays
-from pallas_kernels.gpu.tiles import CHUNK
+from pallas_kernels.gpu.tiles import CHUNK, not_hopper
 from pallas_kernels.steps import repeat_heads
 
 PROGRAMS = {64: 264, 128: 132}  # resident programs of one H100 (132 multiprocessors), by value head size
@@ -22,7 +22,9 @@ SAVE_EVERY = 4  # chunks between the states saved for the gradient of the gates
 
 
 def supports(q, k, v, log_decay=None, *, chunk_size=None, **_):
-    """None where `linear_attention` takes these arrays, else why not, in one line. Looks at shapes and dtypes only."""
+    """None where `linear_attention` takes these arrays, else why not, in one line. Values are not looked at."""
+    if reason := not_hopper():
+        return reason
     if chunk_size not in (None, CHUNK):
         return f"chunk_size must be {CHUNK} or None, got {chunk_size}"
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:

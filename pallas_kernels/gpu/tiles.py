@@ -11,6 +11,17 @@ WGMMA = plgpu.Layout.WGMMA
 T_CONTRACT = (1, 0)  # transpose of a shared-memory tile, free for wgmma
 
 
+def not_hopper():
+    """None where the default GPU can run these kernels (or there is none, as when lowering only), else why not."""
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "unknown")
+    if str(capability) == "9.0":
+        return None
+    return f"needs compute capability 9.0 (Hopper), {device.device_kind} has {capability}"
+
+
 def tile(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
