@@ -29,6 +29,7 @@ from pallas_kernels.gpu.tiles import (
     tile,
 )
 
+TINY = 1e-36  # makes 0 / beta^2 a 0 where beta is 0
 INVERSE_GROUP = 4  # chunks that one program of `chunk_inverses` inverts, a warpgroup each: 128 registers a thread
 
 
@@ -373,7 +374,8 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, total, *, scale, 
         col = plgpu.broadcasted_iota(jnp.int32, g.shape, 1, layout=WGMMA)
         g = (-jnp.where(row > col, decayed_scores(g, c_row, c_tile, False), 0.0)).astype(dtype)
         beta = plgpu.load(smem["gates"].at[1], layout=WGMMA.reduce(1))
-        dbeta = jnp.sum(load(smem["dv"].at[part]) * load(smem["u"].at[part]), axis=1) / (beta * beta)
+        dbeta = jnp.sum(load(smem["dv"].at[part]) * load(smem["u"].at[part]), axis=1)
+        dbeta = dbeta / jnp.maximum(beta * beta, TINY)
         gmem["dbeta"].at[batch, head, part, here][...] = dbeta
         plgpu.barrier_wait(states_in)
         dq, written, erased = products((whole("do"), turned("entering")), (whole("u"), turned("leaving")),

@@ -15,8 +15,6 @@ from pallas_kernels.gpu.gates import by_chunk, chunk_decays, gate_gradient, pad_
 from pallas_kernels.gpu.tiles import BLOCK, CHUNK, not_hopper
 from pallas_kernels.steps import repeat_heads
 
-# dbeta is computed as a quotient by beta; this much is added to what a beta of 0 writes, 2^-20 of a full write.
-LEAST_BETA = 2.0**-20
 FEW_HEADS = 66  # at most this many (batch, head) pairs: give each value block a program of its own
 
 
@@ -43,7 +41,8 @@ def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segm
 
     Args:
       q, k: [B, T, Hk, D]; v: [B, T, H, D], H a multiple of Hk; bf16, D 64 or 128, any T; beta |k|^2 <= 2.
-      beta: [B, T, H] in [0, 2]. log_decay: None, [H] or [B, T, H], natural log, <= 0.
+      beta: [B, T, H] in [0, 2]; where it is exactly 0 (a masked token) its gradient is given as 0.
+      log_decay: None, [H] or [B, T, H], natural log, <= 0.
       initial_state: float32 [B, H, D, D] or None for zero.
       segment_ids: int [B, T] or None; the state is emptied where the id changes.
     Returns: (o [B, T, H, D] in the dtype of v, final state float32 [B, H, D, D]).
@@ -54,9 +53,9 @@ def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segm
     b_size, t_size, heads, _ = v.shape
     q, k = repeat_heads(q, heads), repeat_heads(k, heads)
     decay = token_decays(log_decay, segment_ids, b_size, t_size, heads)
-    beta = jnp.maximum(beta.astype(jnp.float32), LEAST_BETA)
-    # zero keys without decay change neither state nor gradients
-    q, k, v, beta, decay = (None if x is None else pad_tokens(x) for x in (q, k, v, beta, decay))
+    # a beta of zero without decay changes neither state nor gradients
+    q, k, v, beta, decay = (None if x is None else pad_tokens(x)
+                            for x in (q, k, v, beta.astype(jnp.float32), decay))
     if initial_state is not None:
         initial_state = initial_state.astype(jnp.float32)
     o, state = _delta_rule(q, k, v, beta, decay, initial_state, scale, interpret)

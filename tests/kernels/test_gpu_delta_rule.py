@@ -71,6 +71,17 @@ def test_interpreted_matches_the_reference(case):
     assert max(got) < 0.01, got
 
 
+def test_masked_tokens_leave_the_state_bit_identical():
+    (q, k, v, beta, _, state), do, _ = make(1, 64, 1, 64, decay=False, initial=True, beta=0.0)
+
+    def final(beta):
+        o, end = gpu.delta_rule(q, k, v, beta, scale=0.3, initial_state=state, interpret=plgpu.InterpretGPUParams())
+        return jnp.sum(o * do), end
+
+    (_, end), dbeta = jax.jit(jax.value_and_grad(final, has_aux=True))(beta)
+    assert jnp.array_equal(end, state) and jnp.array_equal(dbeta, jnp.zeros_like(beta))
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("change, word", [
     (dict(dtype=jnp.float32), "bfloat16"), (dict(v=128), "head sizes"), (dict(chunk_size=32), "chunk_size"),
