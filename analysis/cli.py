@@ -109,13 +109,13 @@ def parse_ranges(items) -> dict[str, tuple[float, float]]:
     return out
 
 
-def parse_assignments(text: str | None, flag: str) -> dict[str, float]:
-    """'alpha=0.34,E=1.8' -> {'alpha': 0.34, 'E': 1.8}."""
+def parse_assignments(text: str | None, flag: str, free: bool = False) -> dict[str, float | None]:
+    """'alpha=0.34,E=1.8' -> {'alpha': 0.34, 'E': 1.8}; with `free` also 'A_m=free' -> {'A_m': None}."""
     out = {}
     for item in (text or "").split(",") if text else []:
         name, eq, value = item.partition("=")
         try:
-            out[name.strip()] = float(value)
+            out[name.strip()] = None if free and value.strip() == "free" else float(value)
         except ValueError:
             raise ValueError(f"{flag} {item!r}: expected NAME=NUMBER") from None
     return out

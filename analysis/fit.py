@@ -34,9 +34,10 @@ def fit_law(law, table: Table, options: Options | None = None) -> Fit:
     """
     law, options = get_law(law) if isinstance(law, str) else law, options or Options()
     check_comparable(table)
+    law.check(table.rows)
     if law.frontier:
         table = best_of_budgets(table)
-    fit = law.fitter(table, options) if law.fitter else _fit_generic(law, table, options)
+    fit = law.fitter(table, options) if law.fitter else fit_generic(law, table, options)
     if "arch" in table.rows and table.rows["arch"].nunique() > 1:
         names = ", ".join(map(str, table.rows["arch"].unique()[:4]))
         fit.warnings.append(f"column 'arch' is mixed ({names}): one law through all of them; choose one with --where")
@@ -52,14 +53,15 @@ def fit_law(law, table: Table, options: Options | None = None) -> Fit:
     return fit
 
 
-def _fit_generic(law, table: Table, options: Options) -> Fit:
+def fit_generic(law, table: Table, options: Options) -> Fit:
+    """Starts, bootstrap, hold-out and quality numbers; what `fit_law` does for a law without a `fitter`."""
     began = time.perf_counter()
     from analysis import search, uncertainty  # scipy and JAX are slow to import
 
     prob = search.problem(law, table.rows, options.fix, options.delta)
     n, free = len(prob.y), len(prob.free)
     fit = Fit(law.name, n, None, {}, {}, {"n": n, "free_parameters": free}, None, None)
-    fit.settings = {"delta": prob.delta, "residual": law.residual}
+    fit.settings = {"delta": prob.delta, "residual": law.residual, "fix": prob.fix}
     if n < free + 2:
         fit.refused = f"too few points: {n} rows for {free} parameters, at least {free + 2} are needed"
         return fit
@@ -67,7 +69,7 @@ def _fit_generic(law, table: Table, options: Options) -> Fit:
         if len(np.unique(values)) < 2:
             fit.refused = f"column {name!r} has one value only ({values[0]:g}): its exponent is not determined"
             return fit
-    grid = len(law.starts(options.fix))
+    grid = len(law.starts(prob.fix))
     with _bar(grid, f"{law.name}: starts", options) as bar:
         best = search.search(prob, progress=bar.update)
     sample = None
@@ -77,7 +79,7 @@ def _fit_generic(law, table: Table, options: Options) -> Fit:
 
     fit.objective = best.objective
     fit.params = {
-        name: interval(value, _draws(sample, name, options), options.level) for name, value in best.params.items()
+        name: interval(value, _draws(sample, name, prob), options.level) for name, value in best.params.items()
     }
     fit.draws = dict(sample or {})
     if law.derived:
@@ -98,8 +100,8 @@ def _fit_generic(law, table: Table, options: Options) -> Fit:
     return fit
 
 
-def _draws(sample, name: str, options: Options):
-    return None if sample is None or name in options.fix else sample[name]
+def _draws(sample, name: str, prob):
+    return None if sample is None or name in prob.fix else sample[name]
 
 
 def _optima(law, params, sample, frame, options: Options) -> tuple[list[dict], float]:
@@ -159,7 +161,8 @@ def _refusal(prob, fit: Fit) -> str | None:
         p = prob.law.parameter(name)
         return f"parameter {name} ran to its bound (allowed {p.lo:g} to {p.hi:g}): these data do not determine it"
     for name, entry in fit.params.items():
-        if prob.law.parameter(name).transform == "linear" and entry["lo"] is not None:
+        p = prob.law.parameter(name)
+        if p.transform == "linear" and not p.may_vanish and entry["lo"] is not None:
             if entry["hi"] - entry["lo"] > 2 * abs(entry["value"]):
                 return (
                     f"{name} = {entry['value']:.3g} is not determined: interval {entry['lo']:.3g} to {entry['hi']:.3g}"
@@ -203,7 +206,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--data", required=True, metavar="PATH", help="CSV, parquet, or a run store runs/NAME")
     out.add_argument("--out", metavar="FIT.JSON", help="where to write the result (default: only a summary is printed)")
     out.add_argument("--delta", type=float, help="Huber threshold on the law's residual scale (default: the law's)")
-    out.add_argument("--fix", metavar="NAME=VALUE,...", help="hold parameters at a value, e.g. alpha=0.34")
+    out.add_argument(
+        "--fix", metavar="NAME=VALUE,...", help="hold parameters at a value, e.g. alpha=0.34; NAME=free fits a held one"
+    )
     out.add_argument("--at", metavar="C,...", help="compute budgets in FLOP at which to report the optimum")
     out.add_argument(
         "--flops-factor", type=float, metavar="K", help="K of C = K*N*D for optima (default: from C, or 6)"
@@ -222,15 +227,16 @@ def main(args: argparse.Namespace) -> int:
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag} {value}: must be positive")
     options = Options(
-        delta=args.delta, bootstrap=args.bootstrap, level=args.level, fix=cli.parse_assignments(args.fix, "--fix"),
-        at=cli.parse_numbers(args.at, "--at"), flops_factor=args.flops_factor, seed_noise=args.seed_noise,
-        seed=args.seed, holdout=not args.no_holdout, progress=not args.quiet,
+        delta=args.delta, bootstrap=args.bootstrap, level=args.level, seed_noise=args.seed_noise,
+        fix=cli.parse_assignments(args.fix, "--fix", free=True), at=cli.parse_numbers(args.at, "--at"),
+        flops_factor=args.flops_factor, seed=args.seed, holdout=not args.no_holdout, progress=not args.quiet,
     )  # fmt: skip
     for name in options.fix:
         law.parameter(name)
     if args.out and not Path(args.out).resolve().parent.is_dir():
         raise ValueError(f"--out {args.out}: its directory does not exist")
-    fit = fit_law(law, load_table(args.data, required=law.columns, **cli.table_options(args)), options)
+    table = load_table(args.data, required=law.columns, may_be_zero=law.may_be_zero, **cli.table_options(args))
+    fit = fit_law(law, table, options)
     if args.out:
         fit.save(args.out)
     if not args.quiet:

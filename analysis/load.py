@@ -228,7 +228,7 @@ def rename(frame: pd.DataFrame, columns) -> pd.DataFrame:
 
 
 def load_table(
-    data, *, required=("N", "D", "loss"), columns=None, where: str | None = None, x_range=None,
+    data, *, required=("N", "D", "loss"), may_be_zero=(), columns=None, where: str | None = None, x_range=None,
     drop_highest: int = 0, duplicates: str = "error", n: str = "nonemb_head", c: str = "model_causal",
 ) -> Table:  # fmt: skip
     """Reads, renames, filters and checks a table of runs.
@@ -236,6 +236,7 @@ def load_table(
     Args:
       data: run store (directory), CSV, parquet or data frame.
       required: columns that must hold positive finite numbers in every row that is kept.
+      may_be_zero: those of them where 0 is allowed too.
       columns: see `rename`.
       where: pandas query that a row must satisfy to be used, e.g. "loss < 4 and arch == 'gla'".
       x_range: {"C": (lo, hi), ...}: rows outside (inclusive) are left out.
@@ -263,7 +264,7 @@ def load_table(
     if missing:
         raise DataError(f"column {missing[0]!r} is missing in {source}; it has {_names(frame)}; name it with --columns")
     for name in required:
-        table.rows = table.rows.assign(**{name: _positive_numbers(table.rows[name], name)})
+        table.rows = table.rows.assign(**{name: _positive_numbers(table.rows[name], name, name in may_be_zero)})
     _check_duplicates(table, duplicates)
     for name, (lo, hi) in (x_range or {}).items():
         if name not in frame:
@@ -306,9 +307,9 @@ def _exclude_unusable_runs(table: Table) -> None:
         table.exclude(table.rows["loss"].isna(), "done, but final_loss is missing")
 
 
-def _positive_numbers(column: pd.Series, name: str) -> pd.Series:
+def _positive_numbers(column: pd.Series, name: str, zero: bool) -> pd.Series:
     numbers = pd.to_numeric(column, errors="coerce").astype(float)
-    bad = ~(np.isfinite(numbers) & (numbers > 0))
+    bad = ~(np.isfinite(numbers) & ((numbers >= 0) if zero else (numbers > 0)))
     if bad.any():
         row = bad.idxmax()
         value = column[row]

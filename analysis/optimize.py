@@ -102,7 +102,7 @@ def _compiled(objective: Callable):
             "s": memory, "y": memory, "rho": jnp.zeros((lanes, MEMORY)),
             "halvings": jnp.zeros(lanes, int), "small": jnp.zeros(lanes, int), "steepest": jnp.ones(lanes, bool),
             "evals": jnp.ones(lanes, int),
-            "status": jnp.where(jnp.isfinite(f), RUNNING, STUCK),
+            "status": jnp.where(jnp.isfinite(f), jnp.where(f <= EXACT, CONVERGED, RUNNING), STUCK),
         }  # fmt: skip
 
     def step(state, z, f, g, ftol, max_evals):

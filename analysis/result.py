@@ -17,7 +17,7 @@ class Options:
       delta: Huber threshold on the law's residual scale (None: the law's own).
       bootstrap: number of bootstrap draws; 0 gives no intervals.
       level: two-sided coverage of every interval.
-      fix: parameters held at a value instead of fitted.
+      fix: parameters held at a value instead of fitted; None fits one that the law holds by default.
       at: compute budgets (FLOP) at which to report the optimum; none: the largest in the data and ten times it.
       flops_factor: k in C = k N D for optima; None: the median of C/(N D) in the table, or 6 where it has no C.
       seed_noise: known standard deviation of the loss between seeds, in nats (IsoFLOP minima only).
@@ -28,7 +28,7 @@ class Options:
     delta: float | None = None
     bootstrap: int = 1000
     level: float = 0.95
-    fix: Mapping[str, float] = field(default_factory=dict)
+    fix: Mapping[str, float | None] = field(default_factory=dict)
     at: tuple[float, ...] = ()
     flops_factor: float | None = None
     seed_noise: float | None = None

@@ -6,7 +6,7 @@ tolerance and the search stops early). Each formula and its source are in `analy
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,11 +36,15 @@ class Problem:
     def objective(self) -> Callable:
         return _objective(self.law.name, self.free, self.delta is None)
 
-    def minimize(self, z0, weights, **options) -> Minima:
+    def minimize(self, z0, weights, near=None, **options) -> Minima:
         """`optimize.minimize` from z0 [problems, free] with weights [n] or [problems, n].
 
-        Rows are padded with weight 0 to a multiple of 32, so that tables of similar size share one compilation.
+        Rows are padded with weight 0 to a multiple of 32, so that tables of similar size share one compilation. With
+        `near` [free], a point close to the optimum, the search runs in coordinates that are uncorrelated there.
         """
+        origin, axes = np.zeros(len(self.free)), np.eye(len(self.free))
+        if near is not None:
+            origin, axes = np.asarray(near, float), _whitening(jacobian(self, near))
         extra = -len(self.y) % 32
         pad = lambda v: np.concatenate([v, np.repeat(v[:1], extra)])  # noqa: E731
         data = {
@@ -49,7 +53,9 @@ class Problem:
         }  # fmt: skip
         weights = np.asarray(weights, float)
         weights = np.concatenate([weights, np.zeros((*weights.shape[:-1], extra))], -1)
-        return minimize(self.objective, z0, weights, data, **options)
+        data |= {"origin": origin, "axes": axes}
+        found = minimize(self.objective, (np.asarray(z0) - origin) @ np.linalg.inv(axes).T, weights, data, **options)
+        return replace(found, z=origin + found.z @ axes.T)
 
     def params(self, z) -> dict[str, np.ndarray]:
         """Natural parameters from centred search coordinates z [..., free]."""
@@ -96,8 +102,13 @@ class Optimum:
 
 
 def problem(law: Law, table, fix=None, delta: float | None = None) -> Problem:
-    """Collects the law's columns from a data frame or mapping; raises ValueError on an unknown or impossible `fix`."""
-    fix = dict(fix or {})
+    """Collects the law's columns from a data frame or mapping.
+
+    `fix` holds parameters at values, or frees one that the law holds by default (None). Raises ValueError on an unknown
+    parameter, an impossible value, or a column outside the law's unit.
+    """
+    law.check(table)
+    fix = {name: value for name, value in {**law.held, **(fix or {})}.items() if value is not None}
     for name, value in fix.items():
         parameter = law.parameter(name)
         if parameter.transform != "linear" and not max(parameter.lo, 0) <= value <= parameter.hi:
@@ -125,8 +136,8 @@ def search(prob: Problem, weights=None, extra=None, thin: int = 1, progress: Cal
         starts = np.concatenate([starts, more])
     found = prob.minimize(starts, weights, progress=progress)
     order = np.argsort(found.f)[:32]
-    polished = prob.minimize(found.z[order], weights, ftol=1e-15, max_evals=1200)
-    best = int(np.argmin(polished.f))
+    polished = prob.minimize(found.z[order], weights, near=found.z[order[0]], ftol=1e-15, max_evals=1200)
+    best = int(np.argmin(np.where(np.isfinite(polished.f), polished.f, np.inf)))
     z, f = polished.z[best], float(polished.f[best])
     if not np.isfinite(f):
         raise ValueError(f"law {prob.law.name}: no start gives a finite objective on these data")
@@ -137,9 +148,11 @@ def search(prob: Problem, weights=None, extra=None, thin: int = 1, progress: Cal
 
 
 def project(prob: Problem, weights) -> dict | None:
-    """Variable projection: least squares with the law's linear parameters >= 0 eliminated, for at most two others.
+    """Variable projection: least squares with the law's linear parameters eliminated, for at most two others.
 
-    Returns natural parameters, or None where the law has no such form, parameters are held, or a term drops out.
+    The others are searched on a grid over the box of their starts and polished with a simplex, in search coordinates.
+    Linear parameters are >= 0 unless the law is `signed`. Returns natural parameters, or None where the law has no such
+    form, parameters are held, or a term drops out.
     """
     law = prob.law
     outer = [p for p in law.parameters if p.name not in law.linear]
@@ -154,25 +167,31 @@ def project(prob: Problem, weights) -> dict | None:
     scale = np.sqrt(weights[use]) / (y if law.residual != "linear" else 1.0)  # relative errors for log residuals
 
     def linear(point):
-        if np.any(point < 0.01):
+        values = {p.name: p.from_search(z) for p, z in zip(outer, point, strict=True)}
+        if not all(p.lo < values[p.name] < p.hi for p in outer):
             return None, np.inf
-        columns = np.stack(law.basis(dict(zip((p.name for p in outer), point, strict=True)), x), 1)
+        columns = np.stack(law.basis(values, x), 1)
         size = np.linalg.norm(columns, axis=0)
         if not np.isfinite(size).all() or not (size > 0).all():
             return None, np.inf
-        values, rest = nnls(columns / size * scale[:, None], y * scale)
+        columns = columns / size * scale[:, None]
+        if law.signed:
+            values = np.linalg.lstsq(columns, y * scale, rcond=None)[0]
+            return values / size, np.linalg.norm(columns @ values - y * scale)
+        values, rest = nnls(columns, y * scale)
         return values / size, rest
 
-    axes = [np.linspace(max(min(p.start), 0.02), max(p.start), 24) for p in outer]
+    axes = [np.linspace(max(min(p.start), p.to_search(p.lo)) if p.lo > 0 else min(p.start), max(p.start), 24)
+            for p in outer]  # fmt: skip
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(outer))
     point = grid[np.argmin([linear(point)[1] for point in grid])]
     point = simplex(lambda q: linear(q)[1], point, method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12}).x
     values, rest = linear(point)
-    if values is None or not (values > 0).all():
+    if values is None or not (law.signed or (values > 0).all()):
         return None
     return {
         **dict(zip(law.linear, map(float, values), strict=True)),
-        **{p.name: float(v) for p, v in zip(outer, point, strict=True)},
+        **{p.name: float(p.from_search(v)) for p, v in zip(outer, point, strict=True)},
     }
 
 
@@ -181,6 +200,14 @@ def jacobian(prob: Problem, z, step: float = 1e-6) -> np.ndarray:
     shifts = step * np.eye(len(prob.free))
     columns = [(prob.residuals(prob.params(z + h)) - prob.residuals(prob.params(z - h))) / (2 * step) for h in shifts]
     return np.stack(columns, 1)
+
+
+def _whitening(J) -> np.ndarray:
+    """Axes [free, free] in whose coordinates the columns of J [n, free] are orthogonal and of equal length."""
+    if not np.isfinite(J).all():
+        return np.eye(J.shape[1])
+    _, size, rows = np.linalg.svd(J, full_matrices=False)
+    return rows.T / np.maximum(size, max(1e-8 * size[0], 1e-300)) * max(size[0], 1e-300)
 
 
 def _params(law, free, z, fix, centroid, xp):
@@ -201,6 +228,7 @@ def _objective(law_name: str, free: tuple[str, ...], squared: bool) -> Callable:
     law = get_law(law_name)
 
     def objective(z, weights, data):
+        z = data["origin"] + data["axes"] @ z
         params = _params(law, free, z, data["fix"], data["centroid"], jnp)
         y = law.predict(params, data["x"], jnp)
         if law.residual == "linear":

@@ -25,7 +25,7 @@ def bootstrap(
     rows = np.flatnonzero(np.ones(len(prob.y)) if weights is None else weights)
     picked = rows[rng.integers(len(rows), size=(draws, len(rows)))]
     counts = np.stack([np.bincount(sample, minlength=len(prob.y)) for sample in picked])
-    found = prob.minimize(np.tile(optimum.z, (draws, 1)), counts, progress=progress)
+    found = prob.minimize(np.tile(optimum.z, (draws, 1)), counts, near=optimum.z, progress=progress)
     found = prob.params(found.z)
     return {name: np.broadcast_to(values, (draws,)) for name, values in found.items()}
 

@@ -3,9 +3,10 @@
 import importlib
 import pkgutil
 
-from analysis.laws.base import Constants, Law, Parameter, Synthetic, Variable, all_laws, get_law, register
+from analysis.laws.base import PF_DAY, Constants, Law, Parameter, Synthetic, Variable, all_laws, get_law, register
 
 for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+    if _module.name != "__main__":
+        importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Constants", "Law", "Parameter", "Synthetic", "Variable", "all_laws", "get_law", "register"]
+__all__ = ["PF_DAY", "Constants", "Law", "Parameter", "Synthetic", "Variable", "all_laws", "get_law", "register"]

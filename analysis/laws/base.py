@@ -10,14 +10,39 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+# Values that can be meant in each unit. Every law here takes raw counts, whatever its paper printed, so that a value in
+# billions of tokens or in PF-days falls outside and is refused.
+PLAUSIBLE = {"parameters": (100.0, 1e16), "tokens": (1e3, 1e18), "FLOP": (1e6, 1e32), "FLOP/token": (600.0, 1e17)}
+PF_DAY = 8.64e19  # FLOP
+
 
 @dataclass(frozen=True)
 class Variable:
-    """An input column or the target: unit and meaning. Laws are only ever evaluated in this unit."""
+    """An input column or the target: unit, meaning and the values allowed (inclusive; default: those of the unit).
+
+    Laws are only ever evaluated in this unit. Without bounds a value must be positive.
+    """
 
     name: str
     unit: str
     meaning: str
+    lo: float | None = None
+    hi: float | None = None
+
+    def check(self, values, owner: str) -> None:
+        """Raises ValueError naming the first of `values` that this variable cannot have."""
+        lo, hi = PLAUSIBLE.get(self.unit, (np.finfo(float).tiny, np.finfo(float).max))
+        lo, hi = lo if self.lo is None else self.lo, hi if self.hi is None else self.hi
+        array = np.asarray(values, float)
+        bad = ~((array >= lo) & (array <= hi))
+        if not bad.any():
+            return
+        row = f", row {values.index[bad][0]}" if hasattr(values, "index") else ""
+        allowed = "positive and finite" if lo == np.finfo(float).tiny else f"within {lo:g} to {hi:g} {self.unit}"
+        hint = ""
+        if self.unit in PLAUSIBLE:
+            hint = f"; laws take raw counts (1 billion tokens = 1e9, 1 PF-day = {PF_DAY:g} FLOP)"
+        raise ValueError(f"law {owner}: {self.name}{row} must be {allowed}, got {array[bad].flat[0]:g}{hint}")
 
 
 @dataclass(frozen=True)
@@ -26,7 +51,8 @@ class Parameter:
 
     `transform` is the coordinate of the search: 'log' (parameter > 0), 'linear', or 'logit' between `lo` and `hi`.
     `start` lists the start values in that coordinate (for 'log': natural logarithms). A fit that ends at or beyond
-    `lo` or `hi` (in natural units) is refused: the data do not determine that parameter.
+    `lo` or `hi` (in natural units) is refused: the data do not determine that parameter. So is one whose interval is
+    wider than twice its value, unless it `may_vanish`.
     """
 
     name: str
@@ -35,6 +61,7 @@ class Parameter:
     lo: float = -np.inf
     hi: float = np.inf
     meaning: str = ""
+    may_vanish: bool = False
 
     def to_search(self, value):
         if self.transform == "log":
@@ -66,15 +93,19 @@ class Constants:
 class Synthetic:
     """How to draw a data set from the law for its recovery test.
 
-    `ranges` are log-uniform per variable, `noise` is the standard deviation of the Gaussian noise on the residual
-    scale, and `tolerance` the relative error allowed when parameters (or derived quantities) are fitted back.
+    `ranges` are log-uniform per variable, or `design(rng)` gives the columns; `noise` is the standard deviation of the
+    Gaussian noise on the residual scale. `tolerance` is the relative error allowed when parameters (or derived
+    quantities) are fitted back; those that the data of such a design do not determine are left out. `curve` is the
+    error allowed of the fitted law at the points drawn, relative to the spread of the target.
     """
 
     params: Mapping[str, float]
-    ranges: Mapping[str, tuple[float, float]]
-    tolerance: Mapping[str, float]
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    tolerance: Mapping[str, float] = field(default_factory=dict)
     noise: float = 1e-3
     n: int = 60
+    design: Callable | None = None
+    curve: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -89,7 +120,8 @@ class Law:
       centre: `(coefficient, exponent, variable)` for each term `coefficient * variable^-exponent` with a 'log'
         coefficient: the search runs on the term's value at the centroid, which decorrelates the pair (laws 2.3).
       basis, linear: for variable projection: `basis(p, x)` lists the functions [n] that the parameters named in
-        `linear` multiply, given the others; those must be >= 0.
+        `linear` multiply, given the others; those must be >= 0 unless `signed`.
+      held: parameters that a fit holds at these values unless told otherwise (weakly identified ones).
       derived: `(p) -> dict` of quantities computed from the parameters (broadcasts over bootstrap draws).
       optimum: `(p, C, flops_factor) -> {"N", "D", "loss"}`: the best allocation of `C = flops_factor * N * D`.
       frontier: the law describes the best run of each compute budget: the other runs of a budget are left out.
@@ -111,6 +143,8 @@ class Law:
     centre: tuple[tuple[str, str, str], ...] = ()
     basis: Callable | None = None
     linear: tuple[str, ...] = ()
+    signed: bool = False
+    held: Mapping[str, float] = field(default_factory=dict)
     derived: Callable[[dict], dict] | None = None
     optimum: Callable | None = None
     frontier: bool = False
@@ -123,6 +157,10 @@ class Law:
     def columns(self) -> tuple[str, ...]:
         """Columns that a table must have: the variables, then the target."""
         return (*(variable.name for variable in self.variables), self.target.name)
+
+    @property
+    def may_be_zero(self) -> tuple[str, ...]:
+        return tuple(variable.name for variable in self.variables if variable.lo == 0)
 
     def parameter(self, name: str) -> Parameter:
         for parameter in self.parameters:
@@ -141,27 +179,29 @@ class Law:
         lo, hi = np.array([[min(parameter.start), max(parameter.start)] for parameter in free]).T
         return lo + (hi - lo) * qmc.Sobol(len(free), seed=0).random(self.n_starts)
 
-    def check(self, name: str, values) -> None:
-        """Raises ValueError where `values` cannot be the variable or target `name` (must be positive, finite)."""
-        values = np.asarray(values, float)
-        if not (np.isfinite(values) & (values > 0)).all():
-            raise ValueError(f"law {self.name}: {name} must be positive and finite, got {values[~(values > 0)][:3]}")
+    def check(self, table: Mapping) -> None:
+        """Raises ValueError where a column of `table` holds values that its variable cannot have in the law's unit."""
+        for variable in self.variables:
+            variable.check(table[variable.name], self.name)
 
     def evaluate(self, params: Mapping[str, float], **variables):
         """The law's prediction in the unit of `target`; variables by name, in the units that `variables` declares."""
         wanted = {variable.name for variable in self.variables}
         if set(variables) != wanted:
             raise ValueError(f"law {self.name} takes {sorted(wanted)}, got {sorted(variables)}")
-        for name, values in variables.items():
-            self.check(name, values)
+        self.check(variables)
         return self.predict(dict(params), {k: np.asarray(v, float) for k, v in variables.items()}, np)
 
     def simulate(self, seed: int = 0, n: int | None = None, noise: float | None = None) -> dict[str, np.ndarray]:
         """Draws a synthetic data set: a dict of columns [n], from `synthetic`."""
         spec, rng = self.synthetic, np.random.default_rng(seed)
         n, noise = n or spec.n, spec.noise if noise is None else noise
-        x = {name: np.exp(rng.uniform(np.log(lo), np.log(hi), n)) for name, (lo, hi) in spec.ranges.items()}
-        y, eps = self.predict(dict(spec.params), x, np), noise * rng.standard_normal(n)
+        if spec.design:
+            x = spec.design(rng)
+        else:
+            x = {name: np.exp(rng.uniform(np.log(lo), np.log(hi), n)) for name, (lo, hi) in spec.ranges.items()}
+        y = self.predict(dict(spec.params), x, np)
+        eps = noise * rng.standard_normal(len(y))
         y = {"log": y * np.exp(eps), "log10": y * 10**eps, "linear": y + eps}[self.residual]
         return {**x, self.target.name: y}
 

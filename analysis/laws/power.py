@@ -6,7 +6,7 @@ that arXiv:2406.16690, 2507.17702 and 2510.26692 use to compare architectures.
 
 import numpy as np
 
-from analysis.laws.base import Constants, Law, Parameter, Synthetic, Variable, register
+from analysis.laws.base import PF_DAY, Constants, Law, Parameter, Synthetic, Variable, register
 
 COMPUTE = Variable("C", "FLOP", "training compute, under the accounting that the table says")
 LOSS = Variable("loss", "nats/token", "mean next-token cross-entropy of the best run at that compute")
@@ -18,6 +18,12 @@ def predict(p, x, xp=np):
 
 def predict0(p, x, xp=np):
     return p["k"] * xp.exp(-p["gamma"] * xp.log(x["C"]))
+
+
+def equal_loss_compute(base, variant, C):
+    """Compute (FLOP) that `base` needs for the loss of `variant` at C, both k and gamma of the law without a floor."""
+    loss = predict0(variant, {"C": np.asarray(C, float)})
+    return (base["k"] / loss) ** (1 / base["gamma"])
 
 
 EXPONENT = Parameter("gamma", (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), "linear", 0.002, 3.0, "exponent of compute")
@@ -67,8 +73,8 @@ register(
         basis=lambda p, x: [x["C"] ** -p["gamma"]],
         linear=("k",),
         constants={
-            # printed for PF-days; k is converted to FLOP by (8.64e19)^gamma
-            name: Constants(source, dict(k=k * 8.64e19**gamma, gamma=gamma), fitted_on, "printed for C in PF-days")
+            # printed for PF-days; k is converted to FLOP by PF_DAY^gamma
+            name: Constants(source, dict(k=k * PF_DAY**gamma, gamma=gamma), fitted_on, "printed for C in PF-days")
             for name, source, k, gamma, fitted_on in (
                 ("shen_llama", "arXiv:2406.16690", 3.7087, 0.0798, "70M-7B, 300B tokens"),
                 ("shen_tnl", "arXiv:2406.16690", 3.5391, 0.0768, "70M-7B, 300B tokens"),
