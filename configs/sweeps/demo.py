@@ -2,6 +2,10 @@
 
     python -m sweeps.demo                                   (what `make demo` runs)
     python -m sweeps.plan --config configs/sweeps/demo.py
+
+40 runs of 9.8e12 FLOPs together; 9.3 to 10.5 minutes of CPU time, compiling and report included (`time python -m
+sweeps.demo` on two shared cores), so about 5 minutes on two free cores. The losses are the same to the last bit each
+time on one machine. All six minima are interior.
 """
 
 from ml_collections import ConfigDict
