@@ -50,6 +50,7 @@ def spread(log_decay):
     return jnp.broadcast_to(log_decay[..., None], (B, T, H, K))
 
 
+@pytest.mark.quick
 def test_linear_attention_is_the_quadratic_form(x):
     scores = jnp.tril(jnp.einsum("bihk,bjhk->bhij", x["q"], x["k"]) * K ** -0.5)
     close(linear(x), jnp.einsum("bhij,bjhv->bihv", scores, x["v"]))
@@ -94,6 +95,7 @@ def test_beta_two_reflects_and_keeps_the_norm(x):
     close(jnp.sqrt((state ** 2).sum((-1, -2))), jnp.sqrt((x["state"] ** 2).sum((-1, -2))))
 
 
+@pytest.mark.quick
 def test_dplr_covers_deltanet_kda_and_gla(x):
     beta = x["beta"][..., None]
     options = dict(scale=K ** -0.5, chunk_size=16, implementation="xla")

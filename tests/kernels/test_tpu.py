@@ -34,16 +34,17 @@ def shapes(letters, dtype, T, D):
     return [jax.ShapeDtypeStruct(*table[c]) for c in letters]
 
 
-def gradient(name, interpret):
+def gradient(name, interpret, **options):
     """Gradients of the sum of outputs, for all arguments."""
     function, letters = CALLS[name]
-    options = {} if name == "diagonal" else {"scale": 0.1}
+    options = {} if name == "diagonal" else {"scale": 0.1} | options
 
     def loss(args):
         return function(*args, interpret=interpret, **options)[0].astype(jnp.float32).sum()
     return jax.jit(jax.grad(loss)), letters
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CALLS)
 def test_lowers_for_tpu(name, dtype):
@@ -56,10 +57,11 @@ def test_lowers_for_tpu(name, dtype):
 @pytest.mark.parametrize("name", ["channel", "gated_delta", "diagonal"])
 def test_no_races_and_no_uninitialised_reads(name):
     """The TPU interpreter with race detection; memory that was never written reads as NaN."""
-    run, letters = gradient(name, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+    run, letters = gradient(name, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"),
+                            chunk_size=8)
     rng = np.random.default_rng(0)
-    args = [jnp.asarray(-rng.random(s.shape), s.dtype) for s in shapes(letters, jnp.float32, 20, 8)]
-    expected, _ = gradient(name, interpret=True)
+    args = [jnp.asarray(-rng.random(s.shape), s.dtype) for s in shapes(letters, jnp.float32, 16, 8)]
+    expected, _ = gradient(name, interpret=True, chunk_size=8)
     for x, y in zip(run(args), expected(args), strict=True):
         assert relative_error(x, y) < 1e-6
     assert not mosaic_interpret.races.races_found
