@@ -27,6 +27,7 @@ from pallas_kernels.gpu.tiles import (
     launch,
     present,
     products,
+    release,
     rows,
     tile,
 )
@@ -117,7 +118,7 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
                     state = state * jnp.exp2(tot)
                 if not with_output:
                     state, = add_products((state, y_tile.transpose(T_CONTRACT), z_state), interpret=interpret)
-                    plgpu.barrier_arrive(empty.at[slot])
+                    release(empty.at[slot])
                     return state
                 x_tile = smem["x"].at[slot]
                 a, o = products((x_tile, y_tile.transpose(T_CONTRACT)), (x_tile, smem["s16"].at[wg]))
@@ -134,7 +135,7 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, em
                         gmem["saved"].at[batch, head, saved, :, cols][...] = state.astype(dtype)
                 if u is not None:
                     r = jnp.sum(o * plgpu.load(smem["u"].at[slot, wg], layout=WGMMA).astype(jnp.float32), axis=1)
-                plgpu.barrier_arrive(empty.at[slot])
+                release(empty.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 smem["o"].at[wg][...] = o.astype(dtype)
                 smem["s16"].at[wg][...] = state.astype(dtype)
@@ -258,7 +259,7 @@ def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, save_e
                 o = o * scale
                 if out == "dk" and row_sums:
                     r = jnp.sum(o * plgpu.load(smem["k"].at[slot], layout=WGMMA).astype(jnp.float32), axis=1)
-                plgpu.barrier_arrive(empty.at[slot])
+                release(empty.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 smem[out][...] = o.astype(dtype)
                 plgpu.barrier_wait(free)  # both are done reading R of this chunk

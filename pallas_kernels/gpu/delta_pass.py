@@ -25,6 +25,7 @@ from pallas_kernels.gpu.tiles import (
     launch,
     present,
     products,
+    release,
     rows,
     tile,
 )
@@ -193,7 +194,7 @@ def delta_forward(q, k, v, inverse, gates, total, init, *, scale, split, stages=
                 else:
                     plgpu.copy_smem_to_gmem(u_tile, gmem["u"].at[batch, here, head, cols])
                     state, = add_products(write, interpret=interpret)
-                plgpu.barrier_arrive(empty.at[slot])
+                release(empty.at[slot])
                 s16[...] = state.astype(dtype)
                 if with_output:
                     us_tile[...] = (o * scale).astype(dtype)
@@ -298,7 +299,7 @@ def delta_reverse(q, k, do, inverse, gates, total, dfinal, *, scale, split, stag
                 plgpu.copy_smem_to_gmem(dv, gmem["dv"].at[batch, here, head, cols])
                 r, = add_products((r, (q_tile.transpose(T_CONTRACT), k_tile.transpose(T_CONTRACT)), (dos, erase)),
                                   interpret=interpret)
-                plgpu.barrier_arrive(empty.at[slot])
+                release(empty.at[slot])
                 r16[...] = r.astype(dtype)
                 plgpu.commit_smem()
                 return r

@@ -56,6 +56,12 @@ def add_products(*terms, interpret):
     return pl.run_state(onto)([plgpu.ACC.init(acc) for acc, _, _ in terms])
 
 
+def release(barrier):
+    """This warpgroup has read a stage: its plain reads come before the copy engine's next write to it."""
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(barrier)
+
+
 def products(*pairs):
     """[a @ b for (a, b) in pairs] of shared-memory tiles, all in flight together; tuples of tiles are summed over."""
     pairs = [(a, b) if isinstance(a, tuple) else ((a,), (b,)) for a, b in pairs]

@@ -83,6 +83,11 @@ def test_interpreted_matches_the_reference(case, monkeypatch):
     assert max(got) < 0.01, got
 
 
+def test_interpreted_has_no_race(capsys):
+    got = errors(*make(1, 192, 1, 64, 64, "token"), interpret=plgpu.InterpretGPUParams(detect_races=True))
+    assert max(got) < 0.015 and "RACE" not in capsys.readouterr().out  # 0.015: bf16 states reach the gates' gradient
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("change, word", [
     (dict(dtype=jnp.float32), "bfloat16"), (dict(k=96), "key head size"), (dict(v=256), "value head size"),
