@@ -162,6 +162,17 @@ def test_memory_is_linear_in_length(name, multiple):
     assert large < multiple * inputs
 
 
+@pytest.mark.parametrize("K,V", [(256, 128), (128, 256)])
+def test_heads_of_256_channels(K, V):
+    """KDA, the family with most parts, at the largest head sizes."""
+    family = next(f for f in FAMILIES if f.name == "kda")
+    s = Shape(B=1, T=40, H=1, G=1, K=K, V=V)
+    arrays = cast(family.make(np.random.default_rng(8), s, "plain"), jnp.float32)
+    o, state = compiled(family)(arrays, ones())
+    expected, last = jax.jit(lambda a: family.call(a, None, "reference"))(arrays)
+    assert relative_error(o, expected) < 1e-5 and relative_error(state, last) < 1e-5
+
+
 def test_segment_that_comes_back_is_a_new_segment():
     """Ids 1, 2, 1: the third segment does not see the first, not even through convolution taps."""
     rng = np.random.default_rng(6)
