@@ -71,6 +71,12 @@ def add_fit_arguments(parser: argparse.ArgumentParser, bootstrap: int = 1000) ->
     )
 
 
+def add_weighted_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weighted", action="store_true", help="weight IsoFLOP minima by 1/sigma^2 (default: all count the same)"
+    )
+
+
 def check_fit_arguments(args) -> None:
     if args.bootstrap < 0:
         raise ValueError(f"--bootstrap {args.bootstrap}: must be 0 or more")

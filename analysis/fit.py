@@ -217,6 +217,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--quiet", action="store_true", help="no progress bars and no summary")
     cli.add_table_arguments(out)
     cli.add_fit_arguments(out)
+    cli.add_weighted_argument(out)
     return out
 
 
@@ -229,7 +230,8 @@ def main(args: argparse.Namespace) -> int:
     options = Options(
         delta=args.delta, bootstrap=args.bootstrap, level=args.level, seed_noise=args.seed_noise,
         fix=cli.parse_assignments(args.fix, "--fix", free=True), at=cli.parse_numbers(args.at, "--at"),
-        flops_factor=args.flops_factor, seed=args.seed, holdout=not args.no_holdout, progress=not args.quiet,
+        flops_factor=args.flops_factor, seed=args.seed, weighted=args.weighted,
+        holdout=not args.no_holdout, progress=not args.quiet,
     )  # fmt: skip
     for name in options.fix:
         law.parameter(name)

@@ -195,12 +195,26 @@ def next_sizes(profile: Profile) -> list[float]:
     return {"small": below, "large": above}.get(profile.edge, [below[0], above[0]])
 
 
-def power_law(C, x) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares of log x on log C, `x = A C^a`; C [budgets], x [..., budgets]; returns A [...], a [...]."""
+def power_law(C, x, weights=None) -> tuple[np.ndarray, np.ndarray]:
+    """Least squares of log x on log C, `x = A C^a`; C [budgets], x [..., budgets]; returns A [...], a [...].
+
+    `weights` [budgets] in the squares; None: all equal.
+    """
     u, v = np.log(np.asarray(C, float)), np.log(np.asarray(x, float))
-    centre = u.mean()
-    a = ((v - v.mean(-1, keepdims=True)) * (u - centre)).sum(-1) / ((u - centre) ** 2).sum()
-    return np.exp(np.clip(v.mean(-1) - a * centre, -700, 700)), a
+    w = np.full(len(u), 1 / len(u)) if weights is None else np.asarray(weights, float) / np.sum(weights)
+    centre, mean = (w * u).sum(), (w * v).sum(-1)
+    a = (w * (v - mean[..., None]) * (u - centre)).sum(-1) / (w * (u - centre) ** 2).sum()
+    return np.exp(np.clip(mean - a * centre, -700, 700)), a
+
+
+def _weights(good: list[Profile], options: Options):
+    """1/sigma^2 of each minimum, sigma from half of the central 68 % of the draws of its logarithm; None: all equal."""
+    if not options.weighted:
+        return None
+    if options.bootstrap < 100:
+        raise ValueError(f"bootstrap {options.bootstrap}: weights 1/sigma^2 need at least 100 draws")
+    lo, hi = np.nanquantile(np.log(np.stack([p.x_draws for p in good], 1)), [0.16, 0.84], axis=0)
+    return 1 / np.maximum((hi - lo) / 2, 1e-9) ** 2
 
 
 def _evaluate(A, a, C):
@@ -227,8 +241,11 @@ def fit_isoflop(table: Table, options: Options) -> Fit:
             )
             continue
         C = np.array([p.C for p in good])
-        value = power_law(C, [p.x_opt for p in good])
-        sample = power_law(C, np.stack([p.x_draws for p in good], -1)) if options.bootstrap else (None, None)
+        weights = _weights(good, options)
+        value = power_law(C, [p.x_opt for p in good], weights)
+        sample = (None, None)
+        if options.bootstrap:
+            sample = power_law(C, np.stack([p.x_draws for p in good], -1), weights)
         for key, v, d in zip((A, a), value, sample, strict=True):
             params[key] = interval(v, d, options.level)
             if d is not None:
@@ -290,8 +307,9 @@ def _holdout(good: list[Profile], options: Options) -> dict:
         return {"refused": f"{len(good)} budgets with a minimum; 3 are needed to hold one out"}
     *rest, last = good
     C = np.array([p.C for p in rest])
-    A, a = power_law(C, [p.x_opt for p in rest])
-    sample_A, sample_a = power_law(C, np.stack([p.x_draws for p in rest], -1))
+    weights = _weights(rest, options)
+    A, a = power_law(C, [p.x_opt for p in rest], weights)
+    sample_A, sample_a = power_law(C, np.stack([p.x_draws for p in rest], -1), weights)
     predicted = interval(_evaluate(A, a, last.C), _evaluate(sample_A, sample_a, last.C), options.level)
     found = interval(last.x_opt, last.x_draws, options.level)
     error = np.log(last.x_opt / predicted["value"])

@@ -38,6 +38,7 @@ def minimize(
     *,
     ftol: float = 1e-11,
     max_evals: int = 600,
+    lanes: int = LANES,
     progress: Callable | None = None,
 ) -> Minima:
     """Minimises `objective(z [P], weights [n], data) -> scalar` from every start z0 [problems, P].
@@ -48,6 +49,7 @@ def minimize(
       data: pytree of arrays that all problems share.
       ftol: converged after three accepted steps in a row with a relative decrease below this.
       max_evals: evaluations after which a problem counts as 'max-iter'.
+      lanes: problems advanced together (each size is compiled once).
       progress: called with the number of problems finished since the last call.
     """
     import jax
@@ -56,11 +58,11 @@ def minimize(
     count = len(z0)
     weights = np.broadcast_to(weights, (count, weights.shape[-1]))
     out_z, out_f, status = z0.copy(), np.full(count, np.inf), np.full(count, RUNNING)
-    lane = np.full(LANES, -1)  # problem that each lane works on, -1 = idle
+    lane = np.full(lanes, -1)  # problem that each lane works on, -1 = idle
     following = 0  # next problem in the queue
     with jax.enable_x64(True):
         start, advance = _compiled(objective)
-        pool_z, pool_w, state = np.tile(z0[0], (LANES, 1)), np.tile(weights[0], (LANES, 1)), None
+        pool_z, pool_w, state = np.tile(z0[0], (lanes, 1)), np.tile(weights[0], (lanes, 1)), None
         while True:
             free = np.flatnonzero(lane < 0)[: count - following]
             if len(free):

@@ -21,6 +21,7 @@ class Options:
       at: compute budgets (FLOP) at which to report the optimum; none: the largest in the data and ten times it.
       flops_factor: k in C = k N D for optima; None: the median of C/(N D) in the table, or 6 where it has no C.
       seed_noise: known standard deviation of the loss between seeds, in nats (IsoFLOP minima only).
+      weighted: weight each IsoFLOP minimum by 1/sigma^2 of its draws in the power law (otherwise all count the same).
       holdout: also fit without the dearest budget and predict it.
       progress: show a progress bar on standard error.
     """
@@ -33,6 +34,7 @@ class Options:
     flops_factor: float | None = None
     seed_noise: float | None = None
     seed: int = 0
+    weighted: bool = False
     holdout: bool = True
     progress: bool = False
 

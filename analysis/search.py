@@ -44,7 +44,12 @@ class Problem:
         """
         origin, axes = np.zeros(len(self.free)), np.eye(len(self.free))
         if near is not None:
-            origin, axes = np.asarray(near, float), _whitening(jacobian(self, near))
+            origin, axes = np.asarray(near, float), whitening(jacobian(self, near))
+        u0 = (np.asarray(z0) - origin) @ np.linalg.inv(axes).T
+        return self.minimize_affine(u0, weights, origin, axes, **options)
+
+    def minimize_affine(self, u0, weights, origin, axes, **options) -> Minima:
+        """The same over z = origin [free] + axes [free, free] u, from u0 [problems, free]; returns z."""
         extra = -len(self.y) % 32
         pad = lambda v: np.concatenate([v, np.repeat(v[:1], extra)])  # noqa: E731
         data = {
@@ -54,7 +59,7 @@ class Problem:
         weights = np.asarray(weights, float)
         weights = np.concatenate([weights, np.zeros((*weights.shape[:-1], extra))], -1)
         data |= {"origin": origin, "axes": axes}
-        found = minimize(self.objective, (np.asarray(z0) - origin) @ np.linalg.inv(axes).T, weights, data, **options)
+        found = minimize(self.objective, u0, weights, data, **options)
         return replace(found, z=origin + found.z @ axes.T)
 
     def params(self, z) -> dict[str, np.ndarray]:
@@ -202,7 +207,7 @@ def jacobian(prob: Problem, z, step: float = 1e-6) -> np.ndarray:
     return np.stack(columns, 1)
 
 
-def _whitening(J) -> np.ndarray:
+def whitening(J) -> np.ndarray:
     """Axes [free, free] in whose coordinates the columns of J [n, free] are orthogonal and of equal length."""
     if not np.isfinite(J).all():
         return np.eye(J.shape[1])

@@ -1,11 +1,11 @@
-"""Bootstrap draws, prediction intervals and the hold-out."""
+"""Bootstrap draws, profile likelihood, prediction intervals and the hold-out."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 from analysis.isoflop import budget_groups
-from analysis.search import Optimum, Problem, search
+from analysis.search import Optimum, Problem, jacobian, search, whitening
 
 
 def bootstrap(
@@ -28,6 +28,83 @@ def bootstrap(
     found = prob.minimize(np.tile(optimum.z, (draws, 1)), counts, near=optimum.z, progress=progress)
     found = prob.params(found.z)
     return {name: np.broadcast_to(values, (draws,)) for name, values in found.items()}
+
+
+def profile(prob: Problem, optimum: Optimum, name: str, level: float = 0.95) -> dict:
+    """Interval of one parameter by profile likelihood: the others are refitted at each value of this one.
+
+    Returns `{"value", "lo", "hi"}`; an end is None where the statistic (`profile_statistic`) does not reach the level
+    within ten times the width that the curvature suggests: the data do not bound the parameter on that side.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import chi2
+
+    parameter, threshold = prob.law.parameter(name), chi2.ppf(level, 1)
+    best, width = float(parameter.to_search(optimum.params[name])), _width(prob, optimum, name)
+    out = {"value": optimum.params[name]}
+    for end, side in (("lo", -1), ("hi", 1)):
+
+        def excess(step, side=side):
+            found = profile_statistic(prob, optimum, name, float(parameter.from_search(best + side * step)))
+            return np.sqrt(found) - np.sqrt(threshold)
+
+        reach = 1.3 * np.sqrt(threshold) * width
+        while reach < 20 * np.sqrt(threshold) * width and not excess(reach) > 0:
+            reach *= 2
+        bounded = excess(reach) > 0
+        step = brentq(excess, 0.0, reach, xtol=1e-4 * width, rtol=1e-6) if bounded else None
+        out[end] = float(parameter.from_search(best + side * step)) if bounded else None
+    return out
+
+
+def profile_statistic(prob: Problem, optimum: Optimum, name: str, value: float) -> float:
+    """2 (objective with `name` held at `value`, the rest refitted, minus the minimum) / kappa.
+
+    Chi-squared with one degree of freedom if `value` is the truth. kappa = n/(n - free) mean(rho'^2)/mean(rho''): the
+    noise variance for squares; for a Huber loss the sandwich variance.
+    """
+    parameter, direction = prob.law.parameter(name), _direction(prob, name)
+    J = jacobian(prob, optimum.z)
+    inverse = np.linalg.pinv(J.T @ J)
+    shift = float(parameter.to_search(value)) - float(parameter.to_search(optimum.params[name]))
+    origin = optimum.z + shift * inverse @ direction / (direction @ inverse @ direction)
+    along = np.linalg.svd(direction[None])[2][1:].T  # [free, free - 1], orthogonal to the direction
+    axes = np.pad(along @ whitening(J @ along), ((0, 0), (0, 1)))
+    start = np.zeros((1, len(prob.free)))
+    held = prob.minimize_affine(start, np.ones(len(prob.y)), origin, axes, ftol=1e-13, lanes=8)
+    return max(2 * (float(held.f[0]) - optimum.objective) / _kappa(prob, optimum), 0.0)
+
+
+def _direction(prob: Problem, name: str) -> np.ndarray:
+    """Gradient of the parameter's search coordinate by the centred ones; raises ValueError for a held parameter."""
+    if name not in prob.free:
+        raise ValueError(f"parameter {name} is held: there is nothing to profile")
+    direction = np.zeros(len(prob.free))
+    direction[prob.free.index(name)] = 1.0
+    for coefficient, exponent, variable in prob.law.centre:
+        if coefficient == name and exponent in prob.free:
+            direction[prob.free.index(exponent)] = prob.centroid[variable]
+    return direction
+
+
+def _width(prob: Problem, optimum: Optimum, name: str) -> float:
+    J, direction = jacobian(prob, optimum.z), _direction(prob, name)
+    return float(np.sqrt(_kappa(prob, optimum) * direction @ np.linalg.pinv(J.T @ J) @ direction))
+
+
+def _kappa(prob: Problem, optimum: Optimum) -> float:
+    from scipy.stats import norm
+
+    r, n = prob.residuals(optimum.params), len(prob.y)
+    dof = n / max(n - len(prob.free), 1)
+    if prob.delta is None:
+        return dof * float(np.mean(r**2))
+    # share of residuals within delta, smoothed: few of them are when delta is small
+    quartiles = np.quantile(r, [0.25, 0.75])
+    spread = min(r.std(), np.ptp(quartiles) / 1.34) or r.std()
+    bandwidth = max(0.9 * spread * n**-0.2, 1e-300)
+    curved = np.mean(norm.cdf((prob.delta - r) / bandwidth) - norm.cdf((-prob.delta - r) / bandwidth))
+    return dof * float(np.mean(np.minimum(np.abs(r), prob.delta) ** 2) / max(curved, 1e-12))
 
 
 def prediction_draws(prob: Problem, draws, residuals, x, *, free: int, seed: int = 0) -> np.ndarray:
