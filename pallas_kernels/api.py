@@ -58,8 +58,10 @@ def _check_options(q, v, initial_state, segment_ids, chunk_size):
 def _run(op, implementation, arrays, *, output_final_state, chunk_size, **options):
     """Calls the chosen implementation; those that always return the final state get it dropped here."""
     name, function = dispatch.choose(op, implementation, dict(arrays, chunk_size=chunk_size, **options))
+    if name in ("xla", "pallas_tpu"):
+        options["chunk_size"] = chunk_size
     if name == "xla":
-        options |= {"output_final_state": output_final_state, "chunk_size": chunk_size}
+        options["output_final_state"] = output_final_state
     o, final_state = function(**arrays, **options)
     return o, final_state if output_final_state else None
 
