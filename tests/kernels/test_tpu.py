@@ -79,6 +79,19 @@ def test_no_output_depends_on_later_tokens(name):
     assert not np.array_equal(run(args)[:, 11:], run(later)[:, 11:])
 
 
+def test_diagonal_scan_carries_its_state_over_blocks():
+    """T = 300 is three blocks of 128; 256 channels are two blocks of 128."""
+    rng = np.random.default_rng(2)
+    x, log_decay = jnp.asarray(rng.standard_normal((1, 300, 256))), jnp.asarray(-0.01 * rng.random((1, 300, 256)))
+    results = []
+    for implementation in ("pallas_tpu", "xla"):
+        def loss(x, log_decay, implementation=implementation):
+            return (api.diagonal_scan(x, log_decay, implementation=implementation)[0] ** 2).sum()
+        results.append(jax.jit(jax.value_and_grad(loss, (0, 1)))(x, log_decay))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
 def test_explicit_choice_gives_the_reason():
     q = jnp.ones((1, 4, 1, 512))
     with pytest.raises(ValueError, match="cannot run linear_attention: K = 512, V = 512: at most 256"):
