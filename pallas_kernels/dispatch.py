@@ -42,13 +42,15 @@ def _structs(arguments):
 def choose(op, implementation, arguments):
     """(name, function) for operator `op` called with `arguments` (dict by name).
 
-    `implementation` None: the Pallas kernels of the default platform when they support the call, else 'xla'.
+    `implementation` None: the Pallas kernels of the default platform when they support the call, else 'xla'. With
+    several devices it is 'xla', since XLA partitions no Pallas call but gathers its arguments; under `jax.shard_map`
+    name the implementation.
     Raises ValueError when an explicit choice is unknown or cannot serve the call, with the reason.
     """
     if implementation is None:
         platform = jax.default_backend()
         for name, wanted in _PLATFORM.items():
-            if platform == wanted:
+            if platform == wanted and jax.device_count() == 1:
                 function, supports = _load(op, name)
                 if function is not None and supports(**_structs(arguments)) is None:
                     return name, function
