@@ -11,7 +11,11 @@ from efficient_lm.config import as_text, load, run_id
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-VARIANTS = {"dense": ("tiny", "small", "340M"), "gla": ("tiny", "hybrid", "small", "340M")}
+VARIANTS = {
+    "dense": ("tiny", "small", "340M"),
+    "gla": ("tiny", "hybrid", "small", "340M"),
+    "mixers": ("gated_deltanet-tiny", "mamba2-340M"),
+}
 NAMED = [f"configs/{name}.py:{variant}" for name, variants in VARIANTS.items() for variant in variants]
 
 pytestmark = pytest.mark.quick

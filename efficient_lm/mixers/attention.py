@@ -1,12 +1,18 @@
-"""Causal softmax attention: MHA, GQA, MQA (2305.13245), RoPE or NoPE, QK-norm, sliding window, logit cap."""
+"""Causal softmax attention: MHA, GQA, MQA (2305.13245), RoPE or NoPE, QK-norm, sliding window, logit cap.
 
+Options: an output gate o * sigmoid(x W) per head or channel (2505.06708); weights e^s_j / (e^b + sum e^s) with b = 0
+('off_by_one') or learned per head ('sink'); weights sigmoid(s_j - log n) (2409.04431); a forget gate, which adds the
+sum of log sigmoid(f) over the tokens after j to s_j (2503.02130).
+"""
+
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from efficient_lm.flops import Flops, dense
-from efficient_lm.layers import Linear
+from efficient_lm.layers import Linear, wide
 from efficient_lm.mixers.base import MIXERS, Mixer, MixerConfig
 from efficient_lm.norms import RMSNorm
 from efficient_lm.positions import apply_rope, rope_table
@@ -23,6 +29,10 @@ class AttentionConfig(MixerConfig):
     qk_norm: bool = setting(True, "RMSNorm of queries and keys per head, before RoPE")
     window: int = setting(0, "keys visible to a query, itself included; 0 = all", low=0)
     logit_cap: float = setting(0.0, "soft cap c tanh(s / c) on scores; 0 = none", low=0.0)
+    weights: str = setting("softmax", "from scores to weights", choices=("softmax", "off_by_one", "sink", "sigmoid"))
+    sigmoid_length: int = setting(1024, "n of the bias -log n of sigmoid weights, at any length", low=1)
+    forget_gate: bool = setting(False, "scores decay with the forget gates of the tokens between (use position none)")
+    output_gate: str = setting("none", "sigmoid gate on the output", choices=("none", "headwise", "elementwise"))
     implementation: str = setting(
         "auto",
         "auto = cudnn on NVIDIA GPUs where it is legal, else xla",
@@ -52,11 +62,27 @@ class Attention(Mixer):
         self.o = Linear(make, heads * width, d)
         self.q_norm = RMSNorm(make, width, model.norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(make, width, model.norm_eps) if cfg.qk_norm else None
+        self.forget = Linear(make, d, heads, bias=True) if cfg.forget_gate else None
+        self.gate = Linear(make, d, _gate_width(cfg, model)) if cfg.output_gate != "none" else None
+        self.sink = make.vector(jnp.zeros(heads)) if cfg.weights == "sink" else None
 
     def __call__(self, x, ctx):
         q, k, v = self._project(x, ctx.positions)
-        y = attend(q, k, v, self.scale, self.cfg, segment_ids=ctx.segment_ids)
-        return self.o(y.reshape(*x.shape[:-1], -1)), {}
+        total = None if self.forget is None else jnp.cumsum(self._log_forget(x), 1)
+        y = attend(q, k, v, self.scale, self.cfg, segment_ids=ctx.segment_ids, total=total, sink=self._sink())
+        return self._output(y, x), {}
+
+    def _log_forget(self, x):
+        return jax.nn.log_sigmoid(wide(self.forget(x)))
+
+    def _sink(self):
+        return None if self.sink is None else self.sink[...]
+
+    def _output(self, y, x):
+        if self.gate is not None:
+            gate = jax.nn.sigmoid(self.gate(x))
+            y = y * gate.reshape(*y.shape[:-1], gate.shape[-1] // y.shape[-2])
+        return self.o(y.reshape(*x.shape[:-1], -1))
 
     def _project(self, x, positions):
         heads, kv_heads, width = self.sizes
@@ -71,24 +97,32 @@ class Attention(Mixer):
         return q, k, v
 
     def init_state(self, batch, max_len):
-        _, kv_heads, width = self.sizes
+        heads, kv_heads, width = self.sizes
         slots = min(max_len, self.cfg.window) if self.cfg.window else max_len
         cache = jnp.zeros((batch, slots, kv_heads, width), jnp.float32)
-        return {"k": cache, "v": cache, "position": jnp.zeros(batch, jnp.int32)}
+        state = {"k": cache, "v": cache, "position": jnp.zeros(batch, jnp.int32)}
+        if self.cfg.forget_gate:  # sums of log forget gates: at the cached keys, and until now
+            state |= {"totals": jnp.zeros((batch, slots, heads)), "total": jnp.zeros((batch, heads))}
+        return state
 
     def step(self, x, state):
         position = state["position"]
         q, k, v = self._project(x[:, None], position[:, None])
         # A ring buffer: with a window, a new key takes the slot of the one that just left it.
         slots = state["k"].shape[1]
-        write = jax.nn.one_hot(position % slots, slots, dtype=jnp.bool_)[..., None, None]
-        keys = jnp.where(write, k.astype(jnp.float32), state["k"])
-        values = jnp.where(write, v.astype(jnp.float32), state["v"])
-        filled = jnp.arange(slots) <= position[:, None]
-        y = softmax_attention(
-            q, keys.astype(q.dtype), values.astype(q.dtype), filled[:, None, None, :], self.scale, self.cfg.logit_cap
-        )
-        return self.o(y.reshape(x.shape[0], -1)), {"k": keys, "v": values, "position": position + 1}
+        write = jax.nn.one_hot(position % slots, slots, dtype=jnp.bool_)[..., None]
+        keys = jnp.where(write[..., None], k.astype(jnp.float32), state["k"])
+        values = jnp.where(write[..., None], v.astype(jnp.float32), state["v"])
+        new, bias = {"k": keys, "v": values, "position": position + 1}, None
+        if self.cfg.forget_gate:
+            total = state["total"] + self._log_forget(x)
+            totals = jnp.where(write, total[:, None], state["totals"])
+            bias = (total[:, None] - totals).swapaxes(1, 2)[:, :, None]
+            new |= {"total": total, "totals": totals}
+        filled = (jnp.arange(slots) <= position[:, None])[:, None, None, :]
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+        y = weighted_values(q, keys, values, filled, self.scale, self.cfg, bias=bias, sink=self._sink())
+        return self._output(y[:, 0], x), new
 
     @classmethod
     def check(cls, cfg, model, path):
@@ -115,13 +149,16 @@ class Attention(Mixer):
 
     @staticmethod
     def param_count(cfg, model):
-        width = cfg.sizes(model.d_model)[2]
-        return _matrices(cfg, model) + (2 * width if cfg.qk_norm else 0)
+        heads, _, width = cfg.sizes(model.d_model)
+        vectors = (2 * width if cfg.qk_norm else 0) + heads * (cfg.forget_gate + (cfg.weights == "sink"))
+        return _matrices(cfg, model) + vectors
 
     @staticmethod
     def state_bytes(cfg, model, seq_len):
-        _, kv_heads, width = cfg.sizes(model.d_model)
-        return 2 * 4 * min(seq_len, cfg.window or seq_len) * kv_heads * width + 4
+        heads, kv_heads, width = cfg.sizes(model.d_model)
+        slots = min(seq_len, cfg.window or seq_len)
+        forget = 4 * heads * (slots + 1) if cfg.forget_gate else 0
+        return 2 * 4 * slots * kv_heads * width + 4 + forget
 
 
 def divisors(n: int) -> str:
@@ -136,8 +173,11 @@ def score_scale(cfg, model) -> float:
     return width**-0.5
 
 
-def attend(q, k, v, scale, cfg, *, segment_ids=None):
-    """Causal attention of q [B, T, H, D] over k, v [B, T, Hkv, D] -> [B, T, H, D]."""
+def attend(q, k, v, scale, cfg, *, segment_ids=None, total=None, sink=None):
+    """Causal attention of q [B, T, H, D] over k, v [B, T, Hkv, D] -> [B, T, H, D].
+
+    total [B, T, H]: cumulative log forget gates. sink [H]: the learned logits of weights 'sink'.
+    """
     same_document = None
     if segment_ids is not None:
         same_document = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
@@ -153,21 +193,38 @@ def attend(q, k, v, scale, cfg, *, segment_ids=None):
     mask = mask[None, None]
     if same_document is not None:
         mask = mask & same_document
-    return softmax_attention(q, k, v, mask, scale, cfg.logit_cap)
+    bias = None
+    if total is not None:
+        # Later keys are masked; without the bound their bias, positive, could overflow in the backward pass.
+        bias = jnp.minimum(total[:, :, None] - total[:, None], 0.0).transpose(0, 3, 1, 2)
+    return weighted_values(q, k, v, mask, scale, cfg, bias=bias, sink=sink)
 
 
-def softmax_attention(q, k, v, mask, scale, cap):
-    """softmax(q k^T scale) v for mask [B or 1, H or 1, Tq, Tk]; query head h reads key head h // (H / Hkv)."""
+def weighted_values(q, k, v, mask, scale, cfg, *, bias=None, sink=None):
+    """weights(q k^T scale + bias) v; query head h reads key head h // (H / Hkv).
+
+    mask [B or 1, 1, Tq, Tk], bias [B, H, Tq, Tk], sink [H].
+    """
     batch, length, heads, width = q.shape
-    groups = heads // k.shape[2]
-    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], groups, width)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
-    if cap:
-        scores = cap * jnp.tanh(scores / cap)
+    grouped = k.shape[2], heads // k.shape[2]
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, *grouped, width)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    if cfg.logit_cap:
+        scores = cfg.logit_cap * jnp.tanh(scores / cfg.logit_cap)
+    if bias is not None:
+        scores = scores + bias.reshape(scores.shape)
     scores = jnp.where(mask[:, :, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, v.shape[-1])
+    if cfg.weights == "sigmoid":
+        weights = jax.nn.sigmoid(scores - math.log(cfg.sigmoid_length))
+    elif cfg.weights == "softmax":
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        logit = jnp.zeros(()) if sink is None else sink.reshape(*grouped, 1, 1)
+        top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), logit))
+        weights = jnp.exp(scores - top)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(logit - top))
+    y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
+    return y.reshape(batch, length, heads, v.shape[-1])
 
 
 def _cudnn_serves(q, cfg) -> bool:
@@ -177,10 +234,17 @@ def _cudnn_serves(q, cfg) -> bool:
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
-        and not cfg.logit_cap
+        and cfg.weights == "softmax"
+        and not (cfg.logit_cap or cfg.forget_gate)
     )
+
+
+def _gate_width(cfg, model) -> int:
+    heads, _, width = cfg.sizes(model.d_model)
+    return {"none": 0, "headwise": heads, "elementwise": heads * width}[cfg.output_gate]
 
 
 def _matrices(cfg, model) -> int:
     heads, kv_heads, width = cfg.sizes(model.d_model)
-    return model.d_model * width * (2 * heads + 2 * kv_heads)
+    forget = heads if cfg.forget_gate else 0
+    return model.d_model * (width * (2 * heads + 2 * kv_heads) + forget + _gate_width(cfg, model))

@@ -44,10 +44,10 @@ class HGRN2(Recurrent):
         self.o = Linear(make, d, d)
 
     def project(self, x):
-        return jnp.concatenate([self.q(x), self.f(x), self.i(x)], -1)
+        return self.q(x), self.f(x), self.i(x)
 
     def inputs(self, u, x):
-        q, f, v = jnp.split(u, 3, -1)
+        q, f, v = u
         q, f, bound = jax.nn.silu(q), wide(f), self.bound[...]
         log_f = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + jax.nn.log_sigmoid(f))
         # 1 - f without cancellation.

@@ -42,10 +42,10 @@ class Lightning(Recurrent):
         self.log_rate = make.vector(jnp.log(jnp.maximum(decay_rate(cfg, model, make.layer), 1e-9)))
 
     def project(self, x):
-        return jnp.concatenate([jax.nn.silu(self.q(x)), jax.nn.silu(self.k(x)), self.v(x)], -1)
+        return jax.nn.silu(self.q(x)), jax.nn.silu(self.k(x)), self.v(x)
 
     def inputs(self, u, x):
-        q, k, v = (split_heads(part, self.cfg.n_heads) for part in jnp.split(u, 3, -1))
+        q, k, v = (split_heads(part, self.cfg.n_heads) for part in u)
         log_decay = -jnp.exp(jax.lax.stop_gradient(self.log_rate[...]))
         return {"q": q, "k": k, "v": v, "log_decay": log_decay, "scale": 1.0}
 

@@ -40,10 +40,10 @@ class LinearAttention(Recurrent):
         self.o = Linear(make, d, d)
 
     def project(self, x):
-        return jnp.concatenate([self.q(x), self.k(x), self.v(x)], -1)
+        return self.q(x), self.k(x), self.v(x)
 
     def inputs(self, u, x):
-        q, k, v = (split_heads(part, self.cfg.n_heads) for part in jnp.split(u, 3, -1))
+        q, k, v = (split_heads(part, self.cfg.n_heads) for part in u)
         phi = FEATURE_MAPS[self.cfg.feature_map]
         q, k = phi(q), phi(k)
         if self.cfg.normalise:

@@ -53,11 +53,11 @@ class MLSTM(Recurrent):
         self.o = Linear(make, d, d)
 
     def project(self, x):
-        return jnp.concatenate([self.q(x), self.k(x), self.v(x)], -1)
+        return self.q(x), self.k(x), self.v(x)
 
     def inputs(self, u, x):
-        d_k, cap = self.cfg.key_width(x.shape[-1]), self.cfg.gate_cap
-        q, k, v = (split_heads(part, self.cfg.n_heads) for part in jnp.split(u, (d_k, 2 * d_k), -1))
+        cap = self.cfg.gate_cap
+        q, k, v = (split_heads(part, self.cfg.n_heads) for part in u)
         i, f = jnp.split(wide(self.gates(x)), 2, -1)
         gates = {"input_gate": i + self.input_bias[...], "forget_gate": f + self.forget_bias[...]}
         gates = {name: cap * jnp.tanh(z / cap) for name, z in gates.items()}

@@ -56,7 +56,7 @@ class Recurrent(Mixer):
 
     Subclasses name the `operator` and its single-token form `operator_step`, and define, for x [..., d] with any
     leading axes (so that training and decoding share them):
-      project(x) -> u [..., channels]   what the convolution sees
+      project(x) -> u                   the channels [..., C] that the convolution sees, or what there is without
       inputs(u, x) -> dict              keyword arguments of the operator
       output(o, u, x) -> y [..., d]     from the operator's output o [..., H, V]
       memory(batch)                     the operator's state before the first token

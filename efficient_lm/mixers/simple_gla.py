@@ -7,7 +7,6 @@ gate SiLU(x W_g), output matrix.
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from efficient_lm.flops import dense
 from efficient_lm.layers import Linear, wide
@@ -45,11 +44,10 @@ class SimpleGLA(Recurrent):
         self.o = Linear(make, d_v, d)
 
     def project(self, x):
-        return jnp.concatenate([self.q(x), self.k(x), self.v(x)], -1)
+        return self.q(x), self.k(x), self.v(x)
 
     def inputs(self, u, x):
-        d_k = self.widths[0]
-        q, k, v = (split_heads(part, self.cfg.n_heads) for part in jnp.split(u, (d_k, 2 * d_k), -1))
+        q, k, v = (split_heads(part, self.cfg.n_heads) for part in u)
         log_decay = jax.nn.log_sigmoid(wide(self.decay(x))) / self.cfg.gate_normalizer
         return {"q": q, "k": k, "v": v, "log_decay": log_decay}
 

@@ -24,6 +24,16 @@ VARIANTS = {
     "attention": {
         "gqa-window-nope": {"n_heads": 4, "n_kv_heads": 2, "window": 7, "position": "none", "qk_norm": False},
         "mqa-cap": {"n_heads": 2, "n_kv_heads": 1, "logit_cap": 5.0},
+        "forget-sink-gate": {
+            "n_kv_heads": 2,
+            "position": "none",
+            "window": 9,
+            "forget_gate": True,
+            "weights": "sink",
+            "output_gate": "elementwise",
+        },
+        "sigmoid-headwise": {"weights": "sigmoid", "sigmoid_length": 40, "output_gate": "headwise"},
+        "off-by-one": {"weights": "off_by_one"},
     },
     "gla": {"strong-decay": {"n_heads": 2, "gate_normalizer": 0.1}},
     "linear_attention": {"relu": {"feature_map": "relu", "normalise": False}},
@@ -43,19 +53,20 @@ class Case:
 
     def __init__(self, kind, settings):
         values = {"d_model": D, "n_layers": 2, "vocab_size": 16, "dtype": "float32", "pattern": [kind]}
-        self.values = {"model": values | {"mixers": {kind: settings}}, "train": {"seq_len": T}}
-        self.model = from_dict(self.values).model
+        # Large, since the norm of an output that happens to be near 0 (q.k of a first token) would amplify rounding.
+        values["norm_eps"] = 1e-2
+        self.model = from_dict({"model": values | {"mixers": {kind: settings}}}).model
         self.cfg, self.cls = self.model.mixers[kind], MIXERS[kind]
         self.part = self._part(self.cfg)
-        self.params = compiled(self._random_params)(jax.random.key(0))
+        # This generator compiles much faster than the default one.
+        key = jax.random.key(0, impl="unsafe_rbg")
+        self.initial = jax.device_get(compiled(lambda key: self.part.init(key, 1))(key))
+        # Zero or one as initial value of a gate or norm would hide mistakes.
+        rng = np.random.default_rng(1)
+        self.params = jax.tree.map(lambda p: jnp.asarray(p + 0.1 * rng.normal(size=p.shape), jnp.float32), self.initial)
         self.forward = compiled(self.apply)
         # (params, x, cotangent of y, part) -> (gradients of both, y)
         self.gradient = compiled(jax.grad(self.weighted_sum, argnums=(0, 1), has_aux=True), static_argnums=3)
-
-    def _random_params(self, key):
-        # Zero or one as initial value of a gate or norm would hide mistakes.
-        params, keys = self.part.init(key, 1), iter(jax.random.split(jax.random.key(1), 1000))
-        return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
 
     def _part(self, cfg):
         return Part(lambda key, layer=1: self.cls(cfg, self.model, Maker(key, self.model, layer)), 1)
@@ -152,10 +163,7 @@ def test_values_and_gradients_against_float64(name):
         exact, exact_y = c.gradient(*wide, c.oracle())
         assert exact_y.dtype == jnp.float64
     assert relative(y, exact_y) < 1e-5
-    # A sum that cancels (the scale of something that is normalised later) keeps the rounding of its terms.
-    rounding = 1e-7 * norm(exact)
-    for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
-        assert np.linalg.norm(got - want) < 2e-5 * np.linalg.norm(want) + rounding
+    assert_gradients_agree(grads, exact)
 
 
 @pytest.mark.quick
@@ -186,11 +194,9 @@ def test_sharded_equals_one_device(name):
     spread = compiled(jax.grad(c.weighted_sum, argnums=(0, 1), has_aux=True), out_shardings=((places, rows), rows))
     (got, got_x), got_y = spread(jax.device_put(c.params, places), *jax.device_put((x, cotangent), rows))
     (want, want_x), want_y = c.gradient(c.params, x, cotangent)
-    assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(got)) >= 3
+    assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(got)) >= 2
     assert relative(got_y, want_y) < 2e-5 and relative(got_x, want_x) < 2e-5
-    rounding = 1e-7 * norm(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert np.linalg.norm(a - b) < 2e-5 * np.linalg.norm(b) + rounding
+    assert_gradients_agree(got, want)
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -203,8 +209,8 @@ def test_a_short_run_learns(name):
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state
 
-    params = compiled(lambda key: c.part.init(key, 1))(jax.random.key(0))
-    state, errors = optimizer.init(params), []
+    params, errors = c.initial, []
+    state = compiled(optimizer.init)(params)
     for _ in range(60):
         sign = rng.choice([-1.0, 1.0], size=(B, 1, 1))
         # Every other channel is the sign plus noise of the token; the others are 1, for gates that need a constant.
@@ -218,8 +224,12 @@ def test_a_short_run_learns(name):
     assert np.mean(errors[-10:]) < memoryless / 2
 
 
-def norm(tree):
-    return np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree)))
+def assert_gradients_agree(got, want):
+    """Each to 2e-5; a sum that cancels (the scale of something normalised later) keeps the rounding of its terms."""
+    got, want = ([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in (got, want))
+    rounding = 1e-7 * np.sqrt(sum(np.sum(leaf**2) for leaf in want))
+    for a, b in zip(got, want, strict=True):
+        assert np.linalg.norm(a - b) < 2e-5 * np.linalg.norm(b) + rounding
 
 
 def relative(got, want):

@@ -240,3 +240,42 @@ def test_initial_gates_are_those_of_the_papers():
     assert 0.899 < radius.min() and radius.max() < 0.9991
     np.testing.assert_allclose(make("mamba", d_state=4).a_log[...][5], np.log([1, 2, 3, 4]), rtol=1e-6)
     np.testing.assert_allclose(make("mlstm", n_heads=H).forget_bias[...], [3, 6])
+
+
+def test_attention_options_reduce_to_softmax_attention(x):
+    """A gate of 1, forget gates of 1, and a sink of minus infinity change nothing; a sink of 0 is off-by-one."""
+    x = x.at[..., 0].set(1.0)
+    plain = make("attention", n_heads=H, position="none")
+    settings = {"n_heads": H, "position": "none"}
+    for output_gate in ("headwise", "elementwise"):
+        full = make("attention", **settings, output_gate=output_gate, forget_gate=True, weights="sink")
+        copy(plain, full, "q", "k", "v", "o")
+        # Channel 0 is constant: logits of 1e4 from it.
+        for name in ("gate", "forget"):
+            kernel = getattr(full, name).kernel
+            kernel[...] = jnp.zeros(kernel.shape).at[0].set(1e4)
+        full.sink[...] = jnp.full(H, -1e4)
+        close(run(full, x), run(plain, x))
+    off = make("attention", **settings, weights="off_by_one")
+    sink = make("attention", **settings, weights="sink")
+    for mixer in (off, sink):
+        copy(plain, mixer, "q", "k", "v", "o")
+    close(run(sink, x), run(off, x))
+    assert not np.allclose(run(off, x), run(plain, x), rtol=1e-2)
+
+
+def test_sigmoid_attention_without_scores_is_a_scaled_sum(x):
+    """sum of v over the past / (n + 1)."""
+    mixer = make("attention", n_heads=H, weights="sigmoid", sigmoid_length=7, qk_norm=False)
+    mixer.q.kernel[...] = jnp.zeros((D, D))
+    close(run(mixer, x), mixer.o(jnp.cumsum(mixer.v(x), 1) / 8))
+
+
+def test_forget_gates_multiply_the_weights(x):
+    """With equal scores the weight of token j is the product of the forget gates after it, normalised."""
+    mixer = make("attention", n_heads=H, position="none", forget_gate=True, qk_norm=False)
+    mixer.q.kernel[...] = jnp.zeros((D, D))
+    mixer.forget.kernel[...], mixer.forget.bias[...] = jnp.zeros((D, H)), jnp.zeros(H)
+    weights = np.tril(0.5 ** (np.arange(T)[:, None] - np.arange(T)))
+    weights /= weights.sum(-1, keepdims=True)
+    close(run(mixer, x), mixer.o(jnp.einsum("ts,bsd->btd", weights, mixer.v(x))))
