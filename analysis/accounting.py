@@ -42,7 +42,7 @@ def exponents(table: Table, laws=("isoflop", "chinchilla"), options: Options | N
                 found = {key: fit.derived.get(key) for key in ("a", "b")}
                 out.append({"law": law, "n": n, "c": c if law == "isoflop" else "-", **found, "refused": fit.refused})
     if not out:
-        raise ValueError(f"{table.source}: no columns N_*, C_* with parameters and FLOPs by accounting: give a run store")
+        raise ValueError(f"{table.source}: no columns N_*, C_* of parameters and FLOPs by accounting: give a run store")
     return sorted(out, key=lambda row: laws.index(row["law"]))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LANES = 512  # problems advanced together
+FEW, LANES = 64, 512  # problems advanced together: for up to 96 problems, and for more
 MEMORY = 6  # pairs (s, y) kept per lane
 CHUNK = 16  # evaluations between two looks at which lanes have finished
 ARMIJO, CURVATURE = 1e-4, 0.9
@@ -38,7 +38,7 @@ def minimize(
     *,
     ftol: float = 1e-11,
     max_evals: int = 600,
-    lanes: int = LANES,
+    lanes: int | None = None,
     progress: Callable | None = None,
 ) -> Minima:
     """Minimises `objective(z [P], weights [n], data) -> scalar` from every start z0 [problems, P].
@@ -49,13 +49,14 @@ def minimize(
       data: pytree of arrays that all problems share.
       ftol: converged after three accepted steps in a row with a relative decrease below this.
       max_evals: evaluations after which a problem counts as 'max-iter'.
-      lanes: problems advanced together (each size is compiled once).
+      lanes: problems advanced together (each size is compiled once); None: FEW or LANES.
       progress: called with the number of problems finished since the last call.
     """
     import jax
 
     z0, weights = np.asarray(z0, float), np.asarray(weights, float)
     count = len(z0)
+    lanes = lanes or (FEW if count <= 96 else LANES)
     weights = np.broadcast_to(weights, (count, weights.shape[-1]))
     out_z, out_f, status = z0.copy(), np.full(count, np.inf), np.full(count, RUNNING)
     lane = np.full(lanes, -1)  # problem that each lane works on, -1 = idle
@@ -71,7 +72,7 @@ def minimize(
                 pool_z[free], pool_w[free] = z0[lane[free]], weights[lane[free]]
                 fresh = {key: np.asarray(value) for key, value in start(pool_z, pool_w, data).items()}
                 if state is not None:
-                    old = np.ones(LANES, bool)
+                    old = np.ones(lanes, bool)
                     old[free] = False
                     fresh = {k: np.where(old.reshape(-1, *[1] * (v.ndim - 1)), state[k], v) for k, v in fresh.items()}
                 state = fresh

@@ -55,7 +55,7 @@ register(
             Parameter("gamma", (0.05, 0.4), "linear", 0.005, 3.0, "its exponent of N"),
             Parameter("e", (-2.0, 0.7), "log", 0.02, np.inf, "irreducible loss"),
         ),
-        n_starts=256,
+        n_starts=64,
         predict=predict,
         limits="two terms in N and two offsets at S = 0: single parameters are weakly determined, the curve is not; "
         "R2 .99 on the fitted runs and .68 on held-out ones",

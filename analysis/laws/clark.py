@@ -56,7 +56,7 @@ register(
             Parameter("E_s", (0.1, 2.0), "log", 1.0, 100.0, "effective experts of a dense model"),
             Parameter("E_m", (4.0, 8.0), "log", 1.0, 1e8, "effective experts of infinitely many"),
         ),
-        n_starts=128,
+        n_starts=64,
         predict=predict,
         limits="one data set of 130B tokens for every run: no dependence on D; E_m needs runs with hundreds of experts",
         residual="log10",

@@ -39,7 +39,7 @@ register(
             Parameter("b", (0.0, 7.0), "log", 1e-6, 1e20, "size of the data term"),
             Parameter("beta", EXPONENT, "linear", 0.005, 2.5, "exponent of D"),
         ),
-        n_starts=256,
+        n_starts=64,
         predict=predict,
         limits="expansion rate 64 (G = 1: Switch); the router's own cost bounds G in practice",
         delta=0.1,

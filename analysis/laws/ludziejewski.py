@@ -45,7 +45,7 @@ register(
             Parameter("E_s", (0.2, 2.0), "log", 1.0, 100.0, "effective experts of a dense model"),
             Parameter("E_m", (4.0, 8.0), "log", 1.0, 1e8, "effective experts of infinitely many"),
         ),
-        n_starts=256,
+        n_starts=64,
         predict=predict,
         limits="the saturation is held at the paper's E_s and E_m unless freed: few designs determine it",
         held=dict(E_s=2.07, E_m=290.45),

@@ -58,7 +58,7 @@ register(
             Parameter("c", (-9.0, 1.5), "log", 1e-9, 1e3, "rate of the fall"),
             Parameter("A0", (0.02, 0.2), "linear", 0.0, 1.0, LIMIT.meaning),
         ),
-        n_starts=128,
+        n_starts=64,
         predict=relu,
         limits="WSD under muP with warm-up dropped; at the smallest sizes b and c trade off: compare curves or A0",
         residual="linear",

@@ -104,7 +104,7 @@ def test_objective_of_all_245_points():
 @pytest.mark.parametrize("name", GENERIC)
 def test_every_law_is_recovered_from_synthetic_data(name):
     law = get_law(name)
-    result = fit_law(law, synthetic_table(law), Options(bootstrap=200, holdout=False))
+    result = fit_law(law, synthetic_table(law), Options(bootstrap=64, holdout=False))
     assert result.refused is None
     truth = dict(law.synthetic.params) | (law.derived(law.synthetic.params) if law.derived else {})
     found = {**result.params, **result.derived}
