@@ -91,6 +91,9 @@ def fit_generic(law, table: Table, options: Options) -> Fit:
     if law.optimum:
         fit.optimum, fit.settings["flops_factor"] = _optima(law, best.params, sample, table.rows, options)
     fit.quality |= _quality(prob, best, sample)
+    if options.profile:
+        found = {name: uncertainty.profile(prob, best, name, options.level) for name in prob.free}
+        fit.quality["profile_likelihood"] = found
     fit.refused = _refusal(prob, fit)
     fit.warnings = _warnings(fit)
     if options.holdout:
@@ -218,6 +221,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_table_arguments(out)
     cli.add_fit_arguments(out)
     cli.add_weighted_argument(out)
+    out.add_argument("--profile", action="store_true", help="also give intervals by profile likelihood")
     return out
 
 
@@ -231,7 +235,7 @@ def main(args: argparse.Namespace) -> int:
         delta=args.delta, bootstrap=args.bootstrap, level=args.level, seed_noise=args.seed_noise,
         fix=cli.parse_assignments(args.fix, "--fix", free=True), at=cli.parse_numbers(args.at, "--at"),
         flops_factor=args.flops_factor, seed=args.seed, weighted=args.weighted,
-        holdout=not args.no_holdout, progress=not args.quiet,
+        profile=args.profile, holdout=not args.no_holdout, progress=not args.quiet,
     )  # fmt: skip
     for name in options.fix:
         law.parameter(name)
@@ -253,6 +257,9 @@ def summary(fit: Fit) -> str:
     excluded = len(fit.data["excluded"])
     lines = [f"{fit.law}: {fit.n} rows from {fit.data['source']} ({excluded} excluded), {fit.seconds:.1f} s"]
     lines += [f"  {name:<18} {with_interval(entry)}" for name, entry in {**fit.params, **fit.derived}.items()]
+    for name, entry in fit.quality.get("profile_likelihood", {}).items():
+        ends = [number(entry[end]) if entry[end] is not None else "unbounded" for end in ("lo", "hi")]
+        lines.append(f"  {name:<18} profile likelihood [{', '.join(ends)}]")
     for budget in fit.budgets:
         note = f"refused: {budget['refused']}" if budget["refused"] else f"N* {with_interval(budget['N'])}"
         lines.append(f"  C {number(budget['C'])}: {note}")

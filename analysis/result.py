@@ -22,6 +22,7 @@ class Options:
       flops_factor: k in C = k N D for optima; None: the median of C/(N D) in the table, or 6 where it has no C.
       seed_noise: known standard deviation of the loss between seeds, in nats (IsoFLOP minima only).
       weighted: weight each IsoFLOP minimum by 1/sigma^2 of its draws in the power law (otherwise all count the same).
+      profile: also give every parameter's interval by profile likelihood (in `quality`).
       holdout: also fit without the dearest budget and predict it.
       progress: show a progress bar on standard error.
     """
@@ -35,6 +36,7 @@ class Options:
     seed_noise: float | None = None
     seed: int = 0
     weighted: bool = False
+    profile: bool = False
     holdout: bool = True
     progress: bool = False
 

@@ -51,15 +51,15 @@ def fit(table, options):
     second.params |= first.params
     second.draws = {**first.draws, **{name: second.draws[name] for name in ("R_D", "R_N") if name in second.draws}}
     second.n, second.seconds = len(rows), first.seconds + second.seconds
-    second.quality |= {"base": first.quality, "flat_set": _flat_set(law, rows[~once], second.values)}
+    second.quality |= {"base": first.quality, "flat_set": _flat_set(law, rows[~once], second.values, options.delta)}
     return second
 
 
-def _flat_set(law, rows, values) -> dict:
+def _flat_set(law, rows, values, delta) -> dict:
     """Ranges of R_D and R_N whose objective, the other one refitted on the grid, stays within FLAT of the best."""
     from analysis.search import problem
 
-    prob = problem(law, rows)
+    prob = problem(law, rows, delta=delta)
     axes = np.geomspace(0.2, 500, 60)
     delta = prob.delta
     objective = np.empty((60, 60))

@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import chi2
 
 from analysis import uncertainty
+from analysis.fit import fit_law, summary
 from analysis.isoflop import fit_isoflop
 from analysis.laws import get_law
 from analysis.load import Table
@@ -98,6 +99,9 @@ def test_profile_of_a_linear_problem_is_the_textbook_interval():
         found = uncertainty.profile(prob, best, name)
         half = np.sqrt(chi2.ppf(0.95, 1)) * se
         np.testing.assert_allclose([back(found["lo"]), back(found["hi"])], [value - half, value + half], rtol=1e-3)
+    result = fit_law(law, as_table(pd.DataFrame(data)), Options(bootstrap=64, profile=True, holdout=False))
+    assert result.quality["profile_likelihood"]["gamma"] == pytest.approx(found, rel=1e-6)
+    assert "profile likelihood [" in summary(result)
     with pytest.raises(ValueError, match="parameter gamma is held"):
         uncertainty.profile(problem(law, data, {"gamma": 0.06}), best, "gamma")
 
