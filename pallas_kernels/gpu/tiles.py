@@ -9,12 +9,15 @@ CHUNK = 64
 BLOCK = 64  # rows or columns of the state that one warpgroup owns
 WGMMA = plgpu.Layout.WGMMA
 T_CONTRACT = (1, 0)  # transpose of a shared-memory tile, free for wgmma
+MOSAIC_AS_WRITTEN = jax.__version_info__ < (0, 12)
 
 
 def not_hopper():
     """None where the default GPU can run these kernels (or there is none, as when lowering only), else why not."""
     if jax.default_backend() != "gpu":
         return None
+    if not MOSAIC_AS_WRITTEN:
+        return f"needs jax 0.11: Mosaic GPU has other rules for transfers in {jax.__version__}"
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "unknown")
     if str(capability) == "9.0":

@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import reference
 from pallas_kernels.gpu import delta_rule as gpu
-from tests.kernels.test_gpu_linear_attention import HOPPER, on_gpu
+from tests.kernels.test_gpu_linear_attention import HOPPER, as_written, on_gpu
 
 
 def make(b, t, h, d, *, decay=True, initial=False, gate=-3.0, beta=None, keys="random", seed=0):
@@ -47,6 +47,7 @@ def errors(arrays, do, dstate, *, segment_ids=None, interpret=None):
     return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, want, strict=True)]
 
 
+@as_written
 @pytest.mark.parametrize("d, decay", [(64, True), (128, True), (128, False)])
 def test_forward_and_backward_lower_for_hopper(d, decay):
     arrays, do, _ = make(2, 300, 3, d, decay=decay)
@@ -60,11 +61,13 @@ def test_forward_and_backward_lower_for_hopper(d, decay):
     assert text.count("mosaic_gpu") >= 5
 
 
+@as_written
 def test_interpreted_matches_the_reference_without_races(capsys):
     got = errors(*make(1, 192, 1, 64, initial=True), interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert max(got) < 0.01 and "RACE" not in capsys.readouterr().out
 
 
+@as_written
 def test_interpreted_segments_match_the_reference():
     ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 20, axis=1).reshape(1, 100), jnp.int32)
     got = errors(*make(1, 100, 1, 64, decay=False), segment_ids=ids, interpret=plgpu.InterpretGPUParams())
