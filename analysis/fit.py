@@ -267,9 +267,10 @@ def summary(fit: Fit) -> str:
         found = ", ".join(f"{name}* {with_interval(point[name])}" for name in ("N", "D", "loss") if name in point)
         lines.append(f"  at C {number(point['C'])}: {found}")
     if fit.holdout and not fit.holdout["refused"]:
+        unit = "unit of the target" if fit.settings.get("residual") == "linear" else "natural log"
         lines.append(
             f"  hold-out ({fit.holdout['held']}): rms error {fit.holdout['rms_error']:.4f}, "
-            f"predicted half-width {fit.holdout['predicted_halfwidth']:.4f} (natural log)"
+            f"predicted half-width {fit.holdout['predicted_halfwidth']:.4f} ({unit})"
         )
     elif fit.holdout:
         lines.append(f"  hold-out: refused: {fit.holdout['refused']}")

@@ -40,7 +40,7 @@ def profile(prob: Problem, optimum: Optimum, name: str, level: float = 0.95) -> 
     from scipy.stats import chi2
 
     parameter, threshold = prob.law.parameter(name), chi2.ppf(level, 1)
-    best, width = float(parameter.to_search(optimum.params[name])), _width(prob, optimum, name)
+    best, width = float(parameter.to_search(optimum.params[name])), standard_error(prob, optimum, name)
     out = {"value": optimum.params[name]}
     for end, side in (("lo", -1), ("hi", 1)):
 
@@ -87,7 +87,8 @@ def _direction(prob: Problem, name: str) -> np.ndarray:
     return direction
 
 
-def _width(prob: Problem, optimum: Optimum, name: str) -> float:
+def standard_error(prob: Problem, optimum: Optimum, name: str) -> float:
+    """Of a free parameter, in its search coordinate, from the curvature at the optimum."""
     J, direction = jacobian(prob, optimum.z), _direction(prob, name)
     return float(np.sqrt(_kappa(prob, optimum) * direction @ np.linalg.pinv(J.T @ J) @ direction))
 
@@ -130,7 +131,7 @@ def holdout(prob: Problem, frame, near, draws: int = 400, *, level: float = 0.95
     Returns `{"refused": reason}` where the cheaper rows are too few.
     """
     column, order = _cost(prob, frame)
-    groups = budget_groups(frame, order)
+    groups = budget_groups(frame, order) if column in ("C", "6*N*D") else None
     if groups is not None and len(groups) >= 3:
         held = np.zeros(len(order), bool)
         held[groups[-1]] = True

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import cli
+from analysis import cli, search
 from analysis.fit import fit_law
 from analysis.laws import PF_DAY, all_laws, efficiency_leverage, get_law, massive_activations
 from analysis.laws import __main__ as listing
@@ -154,6 +154,19 @@ def test_every_law_is_documented_and_its_constants_evaluate():
             assert set(constants.values) == names, law.name
         for variable in (*law.variables, law.target):
             assert variable.unit and variable.meaning, law.name
+
+
+def test_a_held_parameter_can_be_freed():
+    law = get_law("leverage")
+    table = load_table(pd.DataFrame(law.simulate()), required=law.columns)
+    held = fit_law(law, table, Options(bootstrap=0, holdout=False))
+    assert held.values["A_m"] == 5.28e16
+    free = search.problem(law, table.rows, {"A_m": None})
+    assert "A_m" in free.free and len(free.free) == 6
+    # one more parameter can only fit better, and it does so without moving the others by much
+    best = search.search(free)
+    assert best.objective <= held.objective * (1 + 1e-9)
+    assert best.params["a"] == pytest.approx(held.values["a"], rel=0.05)
 
 
 def test_massive_activations_need_no_peak_in_the_data():
