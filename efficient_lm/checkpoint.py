@@ -35,7 +35,7 @@ def save(directory, step: int, state, keep: int = 0) -> None:
             shutil.rmtree(directory / str(old))
 
 
-def restore(directory, step: int, like, only: str = ""):
+def restore(directory, step: int, like):
     """The checkpoint `step` in the structure of `like`: arrays or ShapeDtypeStructs, whose shardings are used.
 
     Raises ConfigError, one line, when it has other paths, shapes or dtypes than `like`.
