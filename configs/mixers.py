@@ -6,7 +6,7 @@
 The argument is MIXER-tiny, MIXER-small or MIXER-340M. Width and depth are those of configs/dense.py, and the FFN is
 made wider or narrower so that the parameters outside the embeddings agree (a test holds them within 3 %). That goes
 for RetNet (mixer 8 d^2) and for Mamba and Mamba-2 (6 d^2) as well, which their papers balance in another way: an FFN
-of 4 d^2, and no FFN in twice as many layers. Head sizes of 340M are those of the papers at that scale.
+of 4 d^2, and no FFN in twice as many layers. Settings of 340M (`Mixer.at_340M`) are those of the papers at that scale.
 """
 
 from ml_collections import ConfigDict
@@ -18,19 +18,6 @@ from efficient_lm.mixers import MIXERS
 from efficient_lm.schema import ConfigError, nearest
 
 SIZES = {"tiny": dense.tiny, "small": dense.small, "340M": dense.large}
-HEADS_340M = {
-    "attention": 16,
-    "deltanet": 8,
-    "gated_deltanet": 3,
-    "hgrn2": 8,
-    "kda": 8,
-    "lightning": 8,
-    "linear_attention": 8,
-    "mamba2": 32,
-    "rg_lru": 8,
-    "rwkv7": 16,
-}
-MORE_340M = {"mamba2": {"d_state": 128}}
 
 
 def get_config(arg="gated_deltanet-tiny"):
@@ -42,9 +29,7 @@ def get_config(arg="gated_deltanet-tiny"):
         raise ConfigError(f"config variant {arg!r}: no such size {size!r}; {nearest(size, SIZES)}")
     values = SIZES[size]()
     wanted = non_embedding(values)
-    settings = {}
-    if size == "340M":
-        settings = ({"n_heads": HEADS_340M[mixer]} if mixer in HEADS_340M else {}) | MORE_340M.get(mixer, {})
+    settings = dict(MIXERS[mixer].at_340M) if size == "340M" else {}
     values["name"] = f"{mixer}-{size}"
     values["model"] |= {"pattern": (mixer,), "mixers": {mixer: settings}, "ffns": {"dense": {"d_ff": 1}}}
     step = 64 if size == "340M" else 8

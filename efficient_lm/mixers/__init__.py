@@ -1,22 +1,12 @@
 """Sequence mixers: one file each, registered by importing this package."""
 
-from efficient_lm.mixers import (  # noqa: F401  (registers)
-    attention,
-    deltanet,
-    gated_deltanet,
-    gla,
-    hgrn2,
-    kda,
-    lightning,
-    linear_attention,
-    mamba,
-    mamba2,
-    mlstm,
-    retnet,
-    rg_lru,
-    rwkv7,
-    simple_gla,
-)
+import importlib
+import pkgutil
+
 from efficient_lm.mixers.base import MIXERS, Mixer, MixerConfig
+
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name != "__main__":
+        importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig"]

@@ -50,6 +50,21 @@ class AttentionConfig(MixerConfig):
 class Attention(Mixer):
     Config = AttentionConfig
     kernel = "softmax attention"
+    at_340M = {"n_heads": 16}
+    variants = {
+        "gqa-window-nope": {"n_heads": 4, "n_kv_heads": 2, "window": 7, "position": "none", "qk_norm": False},
+        "mqa-cap": {"n_heads": 2, "n_kv_heads": 1, "logit_cap": 5.0},
+        "forget-sink-gate": {
+            "n_kv_heads": 2,
+            "position": "none",
+            "window": 9,
+            "forget_gate": True,
+            "weights": "sink",
+            "output_gate": "elementwise",
+        },
+        "sigmoid-headwise": {"weights": "sigmoid", "sigmoid_length": 40, "output_gate": "headwise"},
+        "off-by-one": {"weights": "off_by_one"},
+    }
 
     def __init__(self, cfg, model, make):
         d = model.d_model

@@ -30,6 +30,8 @@ class Mixer(nnx.Module):
 
     Config = MixerConfig
     kernel = ""  # the operator that it runs on, for the table of `python -m efficient_lm.mixers`
+    at_340M = {}  # settings of the paper at 340M, which configs/mixers.py takes
+    variants = {}  # {label: settings} that deserve the conformance suite beside the defaults
 
     def __init__(self, cfg, model, make):
         """Create parameters with `make` (layers.Maker).

@@ -40,6 +40,8 @@ class DeltaNetConfig(OperatorConfig):
 class DeltaNet(Recurrent):
     Config = DeltaNetConfig
     kernel = "delta rule, no decay"
+    at_340M = {"n_heads": 8}
+    variants = {"reflecting-gated": {"allow_neg_eigval": True, "output_gate": True, "n_heads": 2}}
     operator = staticmethod(api.delta_rule)
     operator_step = staticmethod(api.delta_rule_step)
 

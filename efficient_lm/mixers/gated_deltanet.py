@@ -53,6 +53,8 @@ class GatedDeltaNetConfig(OperatorConfig):
 class GatedDeltaNet(Recurrent):
     Config = GatedDeltaNetConfig
     kernel = "delta rule, decay per token"
+    at_340M = {"n_heads": 3}
+    variants = {"product": {"n_householder": 2, "allow_neg_eigval": True, "expand_k": 0.5, "expand_v": 1.0}}
     operator = staticmethod(api.delta_rule)
     operator_step = staticmethod(api.delta_rule_step)
 

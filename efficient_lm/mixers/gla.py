@@ -28,6 +28,7 @@ class GLAConfig(OperatorConfig):
 class GLA(Recurrent):
     Config = GLAConfig
     kernel = "linear attention, decay per channel"
+    variants = {"strong-decay": {"n_heads": 2, "gate_normalizer": 0.1}}
 
     def __init__(self, cfg, model, make):
         d, (d_k, d_v) = model.d_model, cfg.widths(model.d_model)

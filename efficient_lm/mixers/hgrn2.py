@@ -31,6 +31,7 @@ class HGRN2Config(OperatorConfig):
 class HGRN2(Recurrent):
     Config = HGRN2Config
     kernel = "linear attention, decay per channel"
+    at_340M = {"n_heads": 8}
 
     def __init__(self, cfg, model, make):
         d = model.d_model

@@ -46,6 +46,7 @@ class KDAConfig(OperatorConfig):
 class KDA(Recurrent):
     Config = KDAConfig
     kernel = "delta rule, decay per channel"
+    at_340M = {"n_heads": 8}
     operator = staticmethod(api.delta_rule)
     operator_step = staticmethod(api.delta_rule_step)
 

@@ -29,6 +29,8 @@ class LightningConfig(OperatorConfig):
 class Lightning(Recurrent):
     Config = LightningConfig
     kernel = "linear attention, fixed decay"
+    at_340M = {"n_heads": 8}
+    variants = {"linear": {"decay": "linear"}}
 
     def __init__(self, cfg, model, make):
         d = model.d_model

@@ -29,6 +29,8 @@ class LinearAttentionConfig(OperatorConfig):
 class LinearAttention(Recurrent):
     Config = LinearAttentionConfig
     kernel = "linear attention, no decay"
+    at_340M = {"n_heads": 8}
+    variants = {"relu": {"feature_map": "relu", "normalise": False}}
 
     def __init__(self, cfg, model, make):
         d = model.d_model

@@ -45,6 +45,7 @@ class Mamba2Config(OperatorConfig):
 class Mamba2(Recurrent):
     Config = Mamba2Config
     kernel = "linear attention, decay per token"
+    at_340M = {"n_heads": 32, "d_state": 128}
 
     def __init__(self, cfg, model, make):
         d, width = model.d_model, cfg.width(model.d_model)

@@ -35,6 +35,7 @@ class MLSTMConfig(OperatorConfig):
 class MLSTM(Recurrent):
     Config = MLSTMConfig
     kernel = "mLSTM: linear attention, decay per token"
+    variants = {"sigmoid": {"input_gate": "sigmoid", "n_heads": 2}}
     operator = staticmethod(api.mlstm)
     operator_step = staticmethod(api.mlstm_step)
 

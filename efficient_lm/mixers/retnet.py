@@ -35,6 +35,7 @@ class RetNetConfig(OperatorConfig):
 class RetNet(Mixer):
     Config = RetNetConfig
     kernel = "linear attention, fixed decay"
+    variants = {"plain": {"rotation": False, "n_heads": 2}}
 
     def __init__(self, cfg, model, make):
         d, (d_k, d_v) = model.d_model, cfg.widths(model.d_model)

@@ -40,6 +40,7 @@ class RGLRUConfig(BackendConfig):
 class RGLRU(Mixer):
     Config = RGLRUConfig
     kernel = "diagonal scan"
+    at_340M = {"n_heads": 8}
 
     def __init__(self, cfg, model, make):
         d, width = model.d_model, cfg.width(model.d_model)

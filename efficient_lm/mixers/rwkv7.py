@@ -41,6 +41,7 @@ class RWKV7Config(OperatorConfig):
 class RWKV7(Mixer):
     Config = RWKV7Config
     kernel = "diagonal plus low rank"
+    at_340M = {"n_heads": 16}
 
     def __init__(self, cfg, model, make):
         d, (w_rank, a_rank, g_rank) = model.d_model, cfg.ranks(model.d_model)

@@ -19,32 +19,8 @@ from efficient_lm.model import Part
 B, T, D = 2, 40, 32
 # What is tested is the traced program, not LLVM's optimiser, which would take most of the time.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-# More settings worth the whole suite; every mixer also runs with its defaults.
-VARIANTS = {
-    "attention": {
-        "gqa-window-nope": {"n_heads": 4, "n_kv_heads": 2, "window": 7, "position": "none", "qk_norm": False},
-        "mqa-cap": {"n_heads": 2, "n_kv_heads": 1, "logit_cap": 5.0},
-        "forget-sink-gate": {
-            "n_kv_heads": 2,
-            "position": "none",
-            "window": 9,
-            "forget_gate": True,
-            "weights": "sink",
-            "output_gate": "elementwise",
-        },
-        "sigmoid-headwise": {"weights": "sigmoid", "sigmoid_length": 40, "output_gate": "headwise"},
-        "off-by-one": {"weights": "off_by_one"},
-    },
-    "gla": {"strong-decay": {"n_heads": 2, "gate_normalizer": 0.1}},
-    "linear_attention": {"relu": {"feature_map": "relu", "normalise": False}},
-    "lightning": {"linear": {"decay": "linear"}},
-    "deltanet": {"reflecting-gated": {"allow_neg_eigval": True, "output_gate": True, "n_heads": 2}},
-    "gated_deltanet": {"product": {"n_householder": 2, "allow_neg_eigval": True, "expand_k": 0.5, "expand_v": 1.0}},
-    "mlstm": {"sigmoid": {"input_gate": "sigmoid", "n_heads": 2}},
-    "retnet": {"plain": {"rotation": False, "n_heads": 2}},
-}
 CASES = {f"{name}": (name, {}) for name in MIXERS} | {
-    f"{name}-{label}": (name, settings) for name, all_ in VARIANTS.items() for label, settings in all_.items()
+    f"{name}-{label}": (name, settings) for name in MIXERS for label, settings in MIXERS[name].variants.items()
 }
 
 
