@@ -15,7 +15,7 @@ import functools
 
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, reference, steps
+from pallas_kernels import dispatch, readout, reference, steps
 from pallas_kernels import mlstm as _mlstm
 
 
@@ -45,9 +45,10 @@ def _check_shape(name, x, *allowed):
         _fail(f"{name}.shape", x.shape, "must be " + " or ".join(map(str, allowed)))
 
 
-def _check_options(q, v, initial_state, segment_ids, chunk_size):
+def _check_options(q, v, initial_state, segment_ids, chunk_size, extra=0):
+    """`extra`: value channels that the state has beyond those of v."""
     b, t, h = v.shape[:3]
-    _check_shape("initial_state", initial_state, (b, h, q.shape[-1], v.shape[-1]))
+    _check_shape("initial_state", initial_state, (b, h, q.shape[-1], v.shape[-1] + extra))
     _check_shape("segment_ids", segment_ids, (b, t))
     if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         _fail("segment_ids.dtype", segment_ids.dtype, "must be an integer type")
@@ -66,8 +67,8 @@ def _run(op, implementation, arrays, *, output_final_state, chunk_size, **option
     return o, final_state if output_final_state else None
 
 
-def linear_attention(q, k, v, log_decay=None, *, scale=None, initial_state=None, segment_ids=None,
-                     output_final_state=False, chunk_size=None, implementation=None):
+def linear_attention(q, k, v, log_decay=None, *, scale=None, bonus=None, normalise=False, initial_state=None,
+                     segment_ids=None, output_final_state=False, chunk_size=None, implementation=None):
     """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
 
     The shape of log_decay names the family: None, plain linear attention (2006.16236); [H], RetNet and Lightning
@@ -75,16 +76,33 @@ def linear_attention(q, k, v, log_decay=None, *, scale=None, initial_state=None,
 
     Args:
       q, k: [B, T, Hk, K].  v: [B, T, H, V], H a multiple of Hk.
+      bonus: [H, K] or None. With it the present token is read under its own weight and the state before its decay,
+        o_t = scale (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t; S_t as above. RWKV-6 (2404.05892), which has scale = 1.
+      normalise: divides o_t by scale z_t . q_t + 1e-10, where z_t = exp(log_decay_t) z_{t-1} + k_t (2006.16236); for q
+        and k that are not negative. z is one more value channel, of ones: states are [B, H, K, V + 1] with z last, and
+        a bonus counts in the normaliser too. Computed in float32.
       chunk_size: tokens per chunk (a power of two up to 256), None = chosen for the platform.
       Others: see the module's conventions.
     """
     _check_qkv(q, k, v)
     b, t, h = v.shape[:3]
     _check_shape("log_decay", log_decay, (h,), (b, t, h), (b, t, h, q.shape[-1]))
-    _check_options(q, v, initial_state, segment_ids, chunk_size)
-    arrays = dict(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids)
-    return _run("linear_attention", implementation, arrays, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-                output_final_state=output_final_state, chunk_size=chunk_size)
+    _check_shape("bonus", bonus, (h, q.shape[-1]))
+    _check_options(q, v, initial_state, segment_ids, chunk_size, extra=int(normalise))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    readout_options = dict(scale=scale, bonus=bonus, normalise=normalise, initial_state=initial_state,
+                           segment_ids=segment_ids)
+    if implementation == "reference":
+        o, final_state = reference.linear_attention(q, k, v, log_decay, **readout_options)
+        return o, final_state if output_final_state else None
+
+    def run(q, k, v):
+        arrays = dict(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids)
+        return _run("linear_attention", implementation, arrays, scale=scale, output_final_state=output_final_state,
+                    chunk_size=chunk_size)
+    if bonus is None and not normalise:
+        return run(q, k, v)
+    return readout.linear_attention(run, q, k, v, **readout_options)
 
 
 def delta_rule(q, k, v, beta, log_decay=None, *, scale=None, initial_state=None, segment_ids=None,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import steps
+from pallas_kernels.attention import attention  # noqa: F401
 
 
 def resets(segment_ids):
@@ -33,20 +34,22 @@ def _scan_tokens(step, arrays, state, segment_ids, fresh=None):
     return jnp.moveaxis(o, 0, 1), state
 
 
-def _initial(initial_state, q, v, *others):
+def _initial(initial_state, q, v, *others, extra=0):
     acc = steps.accumulation_dtype(q, v, *others)
     if initial_state is not None:
         return initial_state.astype(acc)
-    return jnp.zeros((v.shape[0], v.shape[2], q.shape[-1], v.shape[-1]), acc)
+    return jnp.zeros((v.shape[0], v.shape[2], q.shape[-1], v.shape[-1] + extra), acc)
 
 
-def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segment_ids=None):
+def linear_attention(q, k, v, log_decay=None, *, scale, bonus=None, normalise=False, initial_state=None,
+                     segment_ids=None):
     """See `pallas_kernels.api.linear_attention`."""
-    state = _initial(initial_state, q, v, k, log_decay)
+    state = _initial(initial_state, q, v, k, log_decay, extra=int(normalise))
+    options = dict(scale=scale, bonus=bonus, normalise=normalise)
     if log_decay is None or log_decay.ndim == 1:
-        step = lambda q, k, v, s: steps.linear_attention_step(q, k, v, log_decay, s, scale=scale)  # noqa: E731
+        step = lambda q, k, v, s: steps.linear_attention_step(q, k, v, log_decay, s, **options)  # noqa: E731
         return _scan_tokens(step, (q, k, v), state, segment_ids)
-    step = functools.partial(steps.linear_attention_step, scale=scale)
+    step = functools.partial(steps.linear_attention_step, **options)
     return _scan_tokens(step, (q, k, v, log_decay), state, segment_ids)
 
 

@@ -23,18 +23,30 @@ def _decay(log_decay):
     return a[..., None] if a.ndim == 3 else a[..., None, None]
 
 
-def linear_attention_step(q, k, v, log_decay, state, *, scale=None):
-    """S <- exp(log_decay) S + k v^T, o = scale S^T q. log_decay: None, [H], [B, H] or [B, H, K]. Returns (o, state)."""
-    acc = accumulation_dtype(q, k, v, log_decay)
+# Added to the normaliser of linear attention (2006.16236).
+NORMALISER_EPS = 1e-10
+
+
+def linear_attention_step(q, k, v, log_decay, state, *, scale=None, bonus=None, normalise=False):
+    """S <- exp(log_decay) S + k v^T, o = scale S^T q. log_decay: None, [H], [B, H] or [B, H, K]. Returns (o, state).
+
+    bonus [H, K]: o = scale (S + diag(bonus) k v^T)^T q with S before the token. normalise: v gets a last channel of
+    ones, so the state is [B, H, K, V + 1], and o is divided by its own last channel. See `api.linear_attention`.
+    """
+    acc = accumulation_dtype(q, k, v, log_decay, bonus)
     heads, out = v.shape[-2], v.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = repeat_heads(q, heads).astype(acc), repeat_heads(k, heads).astype(acc), v.astype(acc)
     state = state.astype(acc)
-    if log_decay is not None:
-        state = _decay(log_decay.astype(acc)) * state
-    state = state + k[..., None] * v[..., None, :]
-    o = scale * jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest")
-    return o.astype(out), state
+    if normalise:
+        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+    write = k[..., None] * v[..., None, :]
+    new = (state if log_decay is None else _decay(log_decay.astype(acc)) * state) + write
+    read = new if bonus is None else state + bonus.astype(acc)[..., None] * write
+    o = scale * jnp.einsum("bhk,bhkv->bhv", q, read, precision="highest")
+    if normalise:
+        o = o[..., :-1] / (o[..., -1:] + NORMALISER_EPS)
+    return o.astype(out), new
 
 
 def l2_normalise(x, eps=1e-6):

@@ -1,16 +1,15 @@
 """Linear attention (2006.16236): S_t = S_{t-1} + phi(k_t) v_t^T, o_t = S_t^T phi(q_t) / sqrt(K).
 
-Normalised, o_t is divided by phi(q_t) . sum_s phi(k_s) / sqrt(K): the same recurrence with one more value channel, of
-ones. Then a norm per head and the output matrix. There is no position information beside causality.
+Normalised, o_t is divided by phi(q_t) . sum_s phi(k_s) / sqrt(K). Then a norm per head and the output matrix. There is
+no position information beside causality.
 """
 
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from efficient_lm.flops import dense
-from efficient_lm.layers import Linear, wide
+from efficient_lm.layers import Linear
 from efficient_lm.mixers.base import MIXERS
 from efficient_lm.mixers.parts import HeadNorm, OperatorConfig, Recurrent, check_heads, head_state, split_heads
 from efficient_lm.schema import ConfigError, setting
@@ -47,16 +46,9 @@ class LinearAttention(Recurrent):
     def inputs(self, u, x):
         q, k, v = (split_heads(part, self.cfg.n_heads) for part in u)
         phi = FEATURE_MAPS[self.cfg.feature_map]
-        q, k = phi(q), phi(k)
-        if self.cfg.normalise:
-            # float32: numerator and denominator are sums over the whole past.
-            q, k, v = wide(q), wide(k), wide(v)
-            v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
-        return {"q": q, "k": k, "v": v, "log_decay": None}
+        return {"q": phi(q), "k": phi(k), "v": v, "log_decay": None, "normalise": self.cfg.normalise}
 
     def output(self, o, u, x):
-        if self.cfg.normalise:
-            o = o[..., :-1] / (o[..., -1:] + 1e-10)
         return self.o(self.norm(o, x))
 
     def memory(self, batch):

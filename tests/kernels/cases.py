@@ -58,12 +58,20 @@ def _qkv(rng, s, n=1):
                 initial_state=normal((s.B, s.H, s.K, s.V)))
 
 
-def _linear(decay):
+def _linear(decay, bonus=False, normalise=False):
     def make(rng, s, mode):
         shape = {"head": (s.H,), "token": (s.B, s.T, s.H), "channel": (s.B, s.T, s.H, s.K)}
         arrays = _qkv(rng, s)
+        if normalise and mode == "forget":  # would leave o = v whatever q, whose gradient 0 has no relative error
+            mode = "mixed"
         if decay != "none":
             arrays["log_decay"] = log_decays(rng, mode, *shape[decay])
+        if bonus:
+            arrays["bonus"] = rng.standard_normal((s.H, s.K))
+        if normalise:  # weights must be positive
+            arrays["initial_state"] = rng.standard_normal((s.B, s.H, s.K, s.V + 1))
+            arrays["initial_state"][..., -1] **= 2
+            arrays |= {name: np.abs(arrays[name]) for name in ("q", "k")}
         return arrays
     return make
 
@@ -126,6 +134,9 @@ FAMILIES = [
     Family("retention", "linear_attention", _linear("head")),
     Family("simple_gla", "linear_attention", _linear("token")),
     Family("gla", "linear_attention", _linear("channel")),
+    Family("rwkv6", "linear_attention", _linear("channel", bonus=True)),
+    Family("normalised", "linear_attention", _linear("none", normalise=True), {"normalise": True}),
+    Family("normalised_gla", "linear_attention", _linear("channel", normalise=True), {"normalise": True}),
     Family("deltanet", "delta_rule", _delta("none")),
     Family("gated_deltanet", "delta_rule", _delta("token")),
     Family("kda", "delta_rule", _delta("channel")),
@@ -139,7 +150,7 @@ FAMILIES = [
     Family("causal_conv", "causal_conv1d", _conv, {"activation": "silu"}, chunked=False),
 ]
 # Arguments that stay float32 when the others are bfloat16.
-KEEP_FLOAT32 = ("log_decay", "beta", "initial_state", "input_gate", "forget_gate", "weight", "bias")
+KEEP_FLOAT32 = ("log_decay", "beta", "bonus", "initial_state", "input_gate", "forget_gate", "weight", "bias")
 
 
 def cast(arrays, dtype):

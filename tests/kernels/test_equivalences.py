@@ -10,7 +10,7 @@ from pallas_kernels import api
 from tests.kernels.cases import relative_error, unit
 
 B, T, H, K, V = 1, 40, 2, 8, 6
-STATIC = ("scale", "chunk_size", "implementation", "output_final_state", "qk_l2norm", "input_activation")
+STATIC = ("scale", "chunk_size", "implementation", "output_final_state", "qk_l2norm", "input_activation", "normalise")
 
 
 def jitted(function):
@@ -76,6 +76,17 @@ def test_no_decay_turns_gated_delta_into_deltanet(x):
 def test_forgetting_everything_leaves_the_present_token(x):
     for log_decay in (jnp.full((B, T, H), -jnp.inf), jnp.full((B, T, H, K), -jnp.inf)):
         close(linear(x, log_decay, scale=1.0), (x["q"] * x["k"]).sum(-1, keepdims=True) * x["v"])
+
+
+def test_bonus_of_one_without_decay_is_linear_attention(x):
+    close(linear(x, jnp.zeros((B, T, H, K)), bonus=jnp.ones((H, K))), linear(x))
+
+
+def test_normalised_linear_attention_is_a_weighted_mean(x):
+    q, k = jnp.abs(x["q"]), jnp.abs(x["k"])
+    weights = jnp.tril(jnp.einsum("bihk,bjhk->bhij", q, k))
+    mean = jnp.einsum("bhij,bjhv->bihv", weights / weights.sum(-1, keepdims=True), x["v"])
+    close(linear(x | {"q": q, "k": k}, normalise=True), mean)
 
 
 def test_orthonormal_keys_turn_deltanet_into_linear_attention(x):

@@ -116,7 +116,8 @@ def test_steps_continue_the_chunked_form(family):
              "diagonal_scan": ("x", "log_decay"), "causal_conv1d": ("x", "weight", "bias")}[family.op]
     for t in range(HALF, HALF + 6):
         token = along_time(family, arrays, lambda x, n, t=t: x[:, t] if n == 1 else x[:, t * n:(t + 1) * n])
-        o, state = step(*(token.get(name) for name in order), state)
+        bonus = {"bonus": arrays["bonus"]} if "bonus" in arrays else {}
+        o, state = step(*(token.get(name) for name in order), state, **bonus)
         assert relative_error(o, whole[:, t]) < 1e-5
 
 
@@ -193,6 +194,9 @@ def test_bad_calls_say_what_is_allowed():
         "k.shape = (1, 4, 2, 6)": lambda: api.linear_attention(q, v, v),
         "initial_state.shape": lambda: api.linear_attention(q, q, v, initial_state=jnp.ones((1, 2, 6, 8))),
         "segment_ids.dtype = float32": lambda: api.linear_attention(q, q, v, segment_ids=jnp.ones((1, 4))),
+        "bonus.shape = (8,)": lambda: api.linear_attention(q, q, v, bonus=jnp.ones(8)),
+        "must be (1, 2, 8, 7)": lambda: api.linear_attention(q, q, v, normalise=True,
+                                                             initial_state=jnp.ones((1, 2, 8, 6))),
         "k.shape[1] = 6": lambda: api.delta_rule(q, jnp.ones((1, 6, 2, 8)), v, jnp.ones((1, 6, 2))),
     }
     for message, call in calls.items():
