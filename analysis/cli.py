@@ -127,12 +127,12 @@ def parse_assignments(text: str | None, flag: str, free: bool = False) -> dict[s
     return out
 
 
-def parse_numbers(text: str | None, flag: str) -> tuple[float, ...]:
-    """'1e20,5.76e23' -> (1e20, 5.76e23), positive."""
+def parse_numbers(text: str | None, flag: str, zero: bool = False) -> tuple[float, ...]:
+    """'1e20,5.76e23' -> (1e20, 5.76e23), positive, or 0 too with `zero`."""
     try:
         values = tuple(float(item) for item in text.split(",")) if text else ()
     except ValueError:
         raise ValueError(f"{flag} {text!r}: expected numbers separated by commas") from None
-    if any(not 0 < value < float("inf") for value in values):
-        raise ValueError(f"{flag} {text!r}: must be positive")
+    if any(not (0 < value < float("inf") or zero and value == 0) for value in values):
+        raise ValueError(f"{flag} {text!r}: must be {'0 or more' if zero else 'positive'}")
     return values

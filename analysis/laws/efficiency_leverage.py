@@ -142,9 +142,7 @@ register(
         limits="one compute and one activation ratio; the best G moves from 8-12 to 6-8 under weak load balancing",
         delta=0.01,
         derived=lambda p: {"G_opt": 2 ** (-p["c"] / 2)},
-        synthetic=Synthetic(
-            dict(a=0.8, b=-0.05, c=-7.0), {"G": (1, 64)}, dict(b=0.05, c=0.03, G_opt=0.05), noise=0.01
-        ),
+        synthetic=Synthetic(dict(a=0.8, b=-0.05, c=-7.0), {"G": (1, 64)}, dict(b=0.05, c=0.03, G_opt=0.05), noise=0.01),
     )
 )
 

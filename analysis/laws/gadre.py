@@ -1,7 +1,7 @@
 """Over-training, Gadre et al., arXiv:2403.08540: loss in compute C and tokens per parameter TPP = D/N.
 
-    L(C, TPP) = E + (a TPP^eta + b TPP^-eta) C^-eta           (chinchilla with alpha = beta = 2 eta, C = 6 N D)
-    Err(L) = epsilon - k e^(-gamma L)                         average top-1 error of a set of tasks
+L(C, TPP) = E + (a TPP^eta + b TPP^-eta) C^-eta           (chinchilla with alpha = beta = 2 eta, C = 6 N D)
+Err(L) = epsilon - k e^(-gamma L)                         average top-1 error of a set of tasks
 """
 
 import numpy as np

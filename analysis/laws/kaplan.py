@@ -3,8 +3,10 @@
     L(N)    = (N_c / N)^alpha_N                                   enough data
     L(D)    = (D_c / D)^alpha_D                                   enough parameters, stopped early
     L(N, D) = [ (N_c / N)^(alpha_N / alpha_D) + D_c / D ]^alpha_D
+    L(N, S) = (N_c / N)^alpha_N + (S_c / S)^alpha_S               enough data, S steps at large batch (S_min)
 
-N counts parameters without embeddings. The single laws and the joint one have different constants in the paper.
+N counts parameters without embeddings. Each law has constants of its own in the paper. L(C_min) is the law `power0`,
+constants `kaplan_cmin`; the critical batch is `batch_critical`.
 """
 
 import numpy as np
@@ -33,6 +35,10 @@ def predict(p, x, xp=np):
     size = p["alpha_N"] * (xp.log(p["N_c"]) - xp.log(x["N"]))
     data = p["alpha_D"] * (xp.log(p["D_c"]) - xp.log(x["D"]))
     return xp.exp(p["alpha_D"] * xp.logaddexp(size / p["alpha_D"], data / p["alpha_D"]))
+
+
+def predict_steps(p, x, xp=np):
+    return predict_n(p, x, xp) + xp.exp(p["alpha_S"] * (xp.log(p["S_c"]) - xp.log(x["S"])))
 
 
 register(
@@ -89,6 +95,41 @@ register(
             dict(alpha_N=0.076, alpha_D=0.103, N_c=6.4e13, D_c=1.8e13),
             {"N": (1e5, 1e10), "D": (2e7, 2e10)},
             dict(alpha_N=0.03, alpha_D=0.03),
+        ),
+    )
+)
+
+register(
+    Law(
+        name="kaplan_steps",
+        title="Loss in parameters and steps, with enough data",
+        formula="loss = (N_c/N)^alpha_N + (S_c/S)^alpha_S",
+        source="arXiv:2001.08361",
+        variables=(
+            SIZE,
+            Variable("S", "steps", "S_min: optimiser steps at a batch far above the critical one", 1.0, 1e9),
+        ),
+        target=LOSS,
+        parameters=(
+            N_C,
+            ALPHA_N,
+            Parameter("S_c", (4.0, 8.0, 12.0), "log", 1e-3, 1e12, "steps at which the second term is 1 nat"),
+            Parameter("alpha_S", (0.3, 0.7, 1.2), "linear", 0.01, 5.0, "exponent of S"),
+        ),
+        predict=predict_steps,
+        limits=LIMITS + "; steps after warm-up, one pass over the data",
+        constants={
+            "kaplan": Constants(
+                "arXiv:2001.08361",
+                dict(alpha_N=0.076, N_c=8.8e13, S_c=2.1e3, alpha_S=0.76),
+                "N 768-1.5e9, S 1e3-2.5e5",
+                "N_c and alpha_N are those of L(N); the paper's joint fit differs slightly",
+            )
+        },
+        synthetic=Synthetic(
+            dict(alpha_N=0.077, N_c=6.5e13, S_c=2.1e3, alpha_S=0.76),
+            {"N": (1e5, 1e10), "S": (1e3, 2.5e5)},
+            dict(alpha_N=0.03, alpha_S=0.05),
         ),
     )
 )

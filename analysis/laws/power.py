@@ -82,6 +82,7 @@ register(
                 ("shen_cosformer2", "arXiv:2406.16690", 3.5877, 0.0756, "70M-7B, 300B tokens"),
                 ("kimi_mla", "arXiv:2510.26692", 2.3092, 0.0536, "653M-1.7B active, 38.8B-128B tokens"),
                 ("kimi_kda", "arXiv:2510.26692", 2.2879, 0.0527, "653M-1.7B active, 38.8B-128B tokens"),
+                ("kaplan_cmin", "arXiv:2001.08361", 3.1e8**0.050, 0.050, "C_min: batches far below the critical one"),
             )
         },
         synthetic=Synthetic(

@@ -6,7 +6,16 @@ import pytest
 
 from analysis import cli, search
 from analysis.fit import fit_law
-from analysis.laws import PF_DAY, all_laws, efficiency_leverage, get_law, massive_activations
+from analysis.laws import (
+    PF_DAY,
+    all_laws,
+    efficiency_leverage,
+    frantar,
+    get_law,
+    massive_activations,
+    recall_state,
+    speculative,
+)
 from analysis.laws import __main__ as listing
 from analysis.laws.clark import effective_parameters
 from analysis.laws.clark import saturated as saturated_experts
@@ -49,6 +58,10 @@ VALUES = [
     ("sparsing_relu", "0.8B", dict(D=[10 * B, 100 * B, 1000 * B]), [0.100212, 0.0853394, 0.072106]),
     ("sparsing_relu", "2.4B", dict(D=[10 * B, 100 * B, 1000 * B]), [0.0960641, 0.0910757, 0.0648727]),
     ("sparsing_silu", "0.1B", dict(D=[10 * B, 100 * B, 1000 * B]), [0.375147, 0.397764, 0.405271]),
+    # 2.37564 of L(N) and exp(0.76 ln 0.021)
+    ("kaplan_steps", "kaplan", dict(N=1e9, S=1e5), 2.428720),
+    # exp(0.05 ln 3.1e8) at one PF-day
+    ("power0", "kaplan_cmin", dict(C=PF_DAY), 2.658077),
     ("sparsing_silu", "1.2B", dict(D=[10 * B, 100 * B, 1000 * B]), [0.323953, 0.375737, 0.381324]),
 ]  # fmt: skip
 
@@ -96,9 +109,7 @@ def test_clark_saturation_and_effective_size():
 def test_repeated_data_effective_sizes():
     p = get_law("muennighoff").constants["c4"].values
     x = {"N": np.full(2, 2.8e9), "D": np.full(2, 5.5e10), "U": np.array([1.375e10, 1e8])}
-    np.testing.assert_allclose(
-        effective(p, x), [[2.305409e9, 3.217118e7], [5.122801e10, 1.638776e9]], rtol=1e-5
-    )
+    np.testing.assert_allclose(effective(p, x), [[2.305409e9, 3.217118e7], [5.122801e10, 1.638776e9]], rtol=1e-5)
     np.testing.assert_allclose((p["A"] / p["B"]) ** (1 / p["alpha"]), 0.05098652, rtol=1e-6)
 
 
@@ -124,6 +135,48 @@ def test_compute_of_equal_loss_between_published_architectures():
     base, variant = constants["kimi_mla"].values, constants["kimi_kda"].values
     ratio = equal_loss_compute(base, variant, np.array([1, 5, 20]) * PF_DAY) / (np.array([1, 5, 20]) * PF_DAY)
     np.testing.assert_allclose(ratio, [1.18873, 1.15704, 1.13042], rtol=1e-5)
+
+
+def test_laws_without_published_constants_by_hand():
+    for law, params, variables, expected in (
+        ("width_depth", dict(E=1, A_w=10, alpha_w=1, A_d=3, alpha_d=0.5, A_N=1e3, alpha_N=0.5, A_D=1e4, alpha_D=0.5),
+         dict(width=100, depth=9, N=1e8, D=1e10), 1 + 0.1 + 1 + 0.1 + 0.1),
+        ("frantar", dict(a_S=16, b_S=0.5, c_S=8, b_N=0.25, a_D=1e8, b_D=0.5, c=1), dict(S=0.75, N=1e8, D=1e10),
+         (16 * 0.5 + 8) / 100 + 0.1 + 1),
+        # powers of 0 make the three curves constants
+        ("farseer", dict(a_1=-1, alpha=0, b_1=0.5, a_2=2, beta=0, b_2=1, a_3=0.5, gamma=0, b_3=0.25),
+         dict(N=1e6, D=1e8), np.exp(0.75) + np.exp(3) * 1e8 ** -np.exp(-0.5)),
+        # far below the break the exponent is c_0, far above c_0 + c_1
+        ("broken_power1", dict(a=1, b=2, c_0=0.1, c_1=0.2, d_1=1e15, f_1=0.5), dict(x=[1e5, 1e25]),
+         [1 + 2 * 1e5**-0.1, 1 + 2 * 1e25**-0.3 * 1e15**0.2]),
+        ("hybrid_loss", dict(L_best=1.7, k=0.01, s_best=0.25), dict(s=[0.25, 1, 1 / 16]), [1.7, 1.74, 1.74]),
+        ("hybrid_recall", dict(R_0=0.2, R_1=0.8, s_half=0.25), dict(s=[0, 0.25, 1]), [0.2, 0.575, 0.8]),
+        ("recall_state", dict(chance=0.1, top=0.9, k=10, p=1, h=2), dict(state=[320, 960], pairs=32), [0.5, 0.82]),
+        ("speculative_tokens", dict(alpha=0.8), dict(gamma=[0, 5]), [1, 3.68928]),
+        ("speculative_speedup", dict(alpha=0.8, c=0.05), dict(gamma=[0, 5]), [1, 2.951424]),
+        ("precision_training", dict(E=1, A=10, B=100, alpha=0.5, beta=0.5, g_w=4, g_a=4, g_kv=4),
+         dict(N=1e4, D=1e4, P_w=4 * np.log(2), P_a=4 * np.log(2), P_kv=64), 2 + 10 / np.sqrt(1e4 / 4)),
+        ("precision_rounding", dict(C_T=0.1, gamma_D=0.5, gamma_N=0.25, g=2), dict(N=1e8, D=1e10, P=2 * np.log(10)),
+         0.1 * 1e5 / 100 / 10),
+    ):  # fmt: skip
+        np.testing.assert_allclose(get_law(law).evaluate(params, **variables), expected, rtol=1e-5, err_msg=law)
+
+
+def test_inverses_of_the_laws_of_pruning_recall_and_drafting():
+    law = get_law("frantar")
+    p = law.synthetic.params
+    dense = frantar.dense_equivalent(p, 1e8, [0.0, 0.75])
+    assert dense[0] == pytest.approx(1e8) and dense[1] > 1e8
+    found = law.evaluate(p, N=dense[1], S=0.0, D=1e10)
+    assert found == pytest.approx(law.evaluate(p, N=1e8, S=0.75, D=1e10), rel=1e-12)
+    law = get_law("recall_state")
+    p = law.synthetic.params
+    state = recall_state.state_for(p, 0.8, np.array([8, 64]))
+    np.testing.assert_allclose(law.evaluate(p, state=state, pairs=[8, 64]), 0.8, rtol=1e-12)
+    assert np.isnan(recall_state.state_for(p, [0.01, 1.0], 8)).all()
+    best = speculative.best_drafted(dict(alpha=[0.8, 0.3], c=[0.05, 0.9]))
+    assert best["gamma_best"].tolist() == [8, 0] and best["speedup_best"][1] == 1
+    assert best["speedup_best"][0] == pytest.approx((1 - 0.8**9) / 0.2 / 1.4, rel=1e-12)
 
 
 @pytest.mark.quick
