@@ -3,6 +3,7 @@
 import dataclasses
 
 from efficient_lm import blocks, ffn, mixers, norms
+from efficient_lm.data import tasks
 from efficient_lm.data.batches import load_sources
 from efficient_lm.layers import layer_specs
 from efficient_lm.optim import OPTIMIZERS, SCHEDULES
@@ -10,7 +11,7 @@ from efficient_lm.schema import ConfigError, build, nearest
 
 
 def resolve(config):
-    """`config` with `model.mixers` and `model.ffns` as typed settings of the blocks in use. Raises ConfigError."""
+    """`config` with typed settings of the blocks and the task in use, instead of dicts. Raises ConfigError."""
     model = config.model
     if not model.pattern:
         raise ConfigError("config.model.pattern = (): must name at least one block, for example ('attention',)")
@@ -32,7 +33,10 @@ def resolve(config):
     for name, settings in model.ffns.items():
         ffn.FFNS[settings.kind].check(settings, model, f"config.model.ffns.{name}")
     _check_train(config)
-    return dataclasses.replace(config, model=model)
+    options = tasks.resolve(config.data)
+    if options:
+        options.check(config.train.seq_len, config.data.vocab_size)
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, task=options))
 
 
 def _sections(given, used, registry, path):

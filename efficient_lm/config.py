@@ -63,7 +63,8 @@ class ModelConfig:
 class DataConfig:
     """Which tokens."""
 
-    source: str = setting("sotu", "registered data source: sotu, prepared, zipf_markov, copy, assoc_recall, ...")
+    source: str = setting("sotu", "registered data source: sotu, prepared, zipf_markov, copy, mqar, ...")
+    task: dict[str, Any] = setting({}, "options of a source that is a synthetic task")
     path: str = setting("", "directory written by efficient_lm.data.prepare (source 'prepared')")
     tokenizer: str = setting("bytes", "'bytes', or a tokenizer file that the prepared data must match")
     pack: str = setting(

@@ -22,7 +22,7 @@ import optax
 
 from efficient_lm import checkpoint, hardware, metrics, sharding
 from efficient_lm.config import Config, run_id
-from efficient_lm.counting import count_flops, count_params
+from efficient_lm.counting import count_flops, count_params, decode_state_bytes
 from efficient_lm.data import open_data
 from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer, make_schedule, warmup_steps
@@ -130,12 +130,13 @@ def repeat(step, calls: int):
 
 
 def make_eval_step(lm: LM, constrain):
-    """evaluate(params, batch [B, T]) -> [sum of nll in nats, number of tokens]."""
+    """evaluate(params, batch [B, T]) -> [3, B], sums over each row: nll in nats, right answers, tokens counted."""
 
     def evaluate(params, batch):
         logits, _ = lm(params, batch["inputs"], batch.get("segment_ids"), batch.get("positions"), constrain)
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        return jnp.stack([jnp.sum(nll * batch["loss_mask"]), jnp.sum(batch["loss_mask"])])
+        right = jnp.argmax(logits, axis=-1) == batch["targets"]
+        return jnp.stack([jnp.sum(x * batch["loss_mask"], axis=-1) for x in (nll, right, jnp.ones_like(nll))])
 
     return evaluate
 
@@ -205,15 +206,16 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
         return call, sharding.to_devices(batch, sharding.batch_sharding(mesh, leading=2)), jax.device_put(lrs, whole)
 
     def evaluate():
-        """Validation loss in nats per token, every token of the split with the same weight."""
+        """Validation loss in nats per token and accuracy, every token of the split with the same weight."""
         params = state["ema"] if opts.ema else state["params"]
         batches = prefetch(
             lambda k: sharding.to_devices(fields_used(cfg, validation[k]), sharding.batch_sharding(mesh)),
             range(len(validation)),
         )
-        nll, weight = np.sum([jax.device_get(s) for s in [eval_step(params, b) for b in batches]], 0, np.float64)
-        loss = float(nll / weight)
-        return {"loss": loss, "bpb": loss / math.log(2) / validation.bytes_per_token, "split": "validation"}
+        sums = np.sum([jax.device_get(s) for s in [eval_step(params, b) for b in batches]], (0, 2), np.float64)
+        loss, accuracy = (float(s / sums[2]) for s in sums[:2])
+        bpb = loss / math.log(2) / validation.bytes_per_token
+        return {"loss": loss, "bpb": bpb, "accuracy": accuracy, "split": "validation"}
 
     params, flops_per_token = count_params(cfg), count_flops(cfg)
     peak = hardware.peak_flops(mesh.devices.flat[0].device_kind, cfg.model.dtype)
@@ -223,7 +225,9 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     run.begin(
         **{"run_id": run_id(cfg), "name": cfg.name, "status": "running", "reason": None, "sweep": cfg.sweep},
         **{"seed": cfg.seed, "steps_total": steps, "params": params, "flops_per_token": flops_per_token},
-        **{"final_loss": None, "final_bpb": None, "hardware": hardware.describe(mesh), "peak_flops": peak},
+        **{"final_loss": None, "final_bpb": None, "final_accuracy": None},
+        **{"state_bytes": decode_state_bytes(cfg, opts.seq_len)},
+        **{"hardware": hardware.describe(mesh), "peak_flops": peak},
         **{"versions": metrics.versions(), "code_hash": metrics.code_hash(), "data": data.spec},
     )
     recorder = Recorder(
@@ -262,7 +266,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
         recorder.write("eval", steps, final)
         if start < steps or opts.init_from:
             checkpoint.save(run.path / "ckpt", steps, state, keep=opts.keep_checkpoints)
-        return recorder.update(status="done", final_loss=final["loss"], final_bpb=final["bpb"])
+        return recorder.update(status="done", **{f"final_{name}": final[name] for name in ("loss", "bpb", "accuracy")})
     except Diverged as error:
         return recorder.update(status="diverged", reason=str(error))
     finally:

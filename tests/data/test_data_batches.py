@@ -12,7 +12,7 @@ from efficient_lm.data.base import ROW_DTYPES
 from efficient_lm.data.batches import load_sources
 from efficient_lm.schema import ConfigError
 
-SYNTHETIC = ("zipf_markov", "copy", "assoc_recall")
+SYNTHETIC = ("zipf_markov", "copy")
 
 
 def open_train(cfg, batch_size=4, seed=1, **kwargs):

@@ -1,4 +1,4 @@
-"""Synthetic tasks: their stated loss floors are what the tokens have."""
+"""The Markov source: its stated loss floor is what the tokens have."""
 
 import math
 
@@ -64,32 +64,3 @@ def test_the_best_predictor_reaches_the_floor_at_the_first_position_too():
     losses = -np.log(transitions[batch["inputs"], batch["targets"]])
     error = 4 * losses.std(axis=0) / math.sqrt(len(losses))
     assert (np.abs(losses.mean(axis=0) - rate) < error).all()
-
-
-@pytest.mark.parametrize("seq_len", [2, 8, 9])
-def test_copy_repeats_what_came_before_the_delimiter(seq_len):
-    source = open_train("copy", seq_len)
-    batch = source[2]
-    half = seq_len // 2
-    assert (batch["inputs"][:, half] == 63).all() and (batch["inputs"][:, :half] < 63).all()
-    counted = batch["loss_mask"] > 0
-    assert (counted.sum(axis=1) == half).all() and source.spec["counted_per_row"] == half
-    np.testing.assert_array_equal(batch["targets"][counted].reshape(8, half), batch["inputs"][:, :half])
-
-
-@pytest.mark.parametrize("seq_len, vocab_size", [(16, 64), (19, 64), (64, 8)])
-def test_recall_answers_are_the_values_given_with_the_keys(seq_len, vocab_size):
-    source = open_train("assoc_recall", seq_len, vocab_size=vocab_size)
-    batch = source[1]
-    pairs = source.spec["pairs"]
-    asked = np.zeros(pairs)
-    for inputs, targets, mask in zip(batch["inputs"], batch["targets"], batch["loss_mask"], strict=True):
-        keys, values = inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2]
-        assert len(set(keys)) == pairs and (keys < vocab_size // 2).all() and (values >= vocab_size // 2).all()
-        table = dict(zip(keys, values, strict=True))
-        where = np.flatnonzero(mask)
-        assert len(where) == source.spec["counted_per_row"] >= pairs and where[0] == 2 * pairs
-        assert [table[inputs[t]] for t in where] == targets[where].tolist()
-        assert {inputs[t] for t in where} == set(keys)
-        asked += inputs[where[:pairs]] == keys
-    assert asked.sum() < 8 * pairs  # not asked in the order given

@@ -11,7 +11,8 @@ from efficient_lm.config import run_id
 from efficient_lm.schema import ConfigError, to_dict
 
 RUN_KEYS = """run_id name status reason sweep seed steps_done steps_total tokens params flops_per_token flops final_loss
-final_bpb hardware versions code_hash data started updated wall_seconds mean_step_seconds peak_flops""".split()
+final_bpb final_accuracy state_bytes hardware versions code_hash
+data started updated wall_seconds mean_step_seconds peak_flops""".split()
 
 
 @pytest.mark.quick
@@ -34,6 +35,7 @@ def test_a_finished_run_has_everything(small, train_one, tmp_path):
     evaluated = [row for row in rows if row["kind"] == "eval"]
     assert [row["step"] for row in evaluated] == [5, 10, 12]
     assert evaluated[-1]["loss"] == info["final_loss"] and evaluated[-1]["split"] == "validation"
+    assert evaluated[-1]["accuracy"] == info["final_accuracy"] and 0 < info["final_accuracy"] < 1
     assert info["final_bpb"] == pytest.approx(info["final_loss"] / math.log(2))
     assert info["final_loss"] < evaluated[0]["loss"] < math.log(32) + 0.5
 

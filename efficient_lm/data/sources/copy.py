@@ -1,31 +1,36 @@
-"""Source 'copy': L random symbols, a delimiter, the same L symbols again, with L = T // 2.
+"""Task 'copy': L random symbols, a delimiter, the same L symbols again, with L = T // 2.
 
-Only the second copy counts (loss_mask). The delimiter is token vocab_size - 1. A model that copies reaches loss 0
-(`loss_floor`); one that can't stays at log(vocab_size - 1) (`chance_loss`).
+Only the second copy counts. The delimiter is token V - 1. As in a text, the second copy is fed back as input.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from efficient_lm.data.base import SOURCES
-from efficient_lm.data.synthetic import need, synthetic_rows
+from efficient_lm.data.tasks import Task, need_length, need_vocabulary, task
 
 
-@SOURCES.register("copy")
-def open_rows(cfg, *, seq_len, seed, split):
-    V, length = cfg.vocab_size, seq_len // 2
-    need(V >= 3, "config.data.vocab_size", V, "copy needs at least 3")
-    need(seq_len >= 2, "config.train.seq_len", seq_len, "copy needs at least 2")
+@task("copy")
+@dataclass(frozen=True)
+class Copy(Task):
+    for_text = True
 
-    def make(u):
+    def answers(self, V):
+        return V - 1
+
+    def check(self, T, V):
+        need_vocabulary(V >= 3, V, "copy needs at least 3")
+        need_length(T >= 2, T, "copy needs at least 2")
+
+    def n_uniforms(self, T, V):
+        return T // 2
+
+    def make(self, u, T, V):
+        length = T // 2
         symbols = (u * (V - 1)).astype(np.int64)
-        tokens = np.full((len(u), seq_len + 1), V - 1)  # an odd T leaves one delimiter, uncounted, at the end
+        tokens = np.full((len(u), T + 1), V - 1)  # an odd T leaves one delimiter, uncounted, at the end
         tokens[:, :length] = symbols
         tokens[:, length + 1 : 2 * length + 1] = symbols
-        counts = np.zeros((len(u), seq_len), bool)
+        counts = np.zeros((len(u), T), bool)
         counts[:, length : 2 * length] = True
-        return tokens, counts
-
-    facts = {"loss_floor": 0.0, "chance_loss": float(np.log(V - 1)), "counted_per_row": length}
-    return synthetic_rows(
-        "copy", cfg, seq_len=seq_len, seed=seed, split=split, n_uniforms=length, make=make, facts=facts
-    )
+        return tokens[:, :-1], tokens[:, 1:], counts

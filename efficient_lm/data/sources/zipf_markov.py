@@ -64,13 +64,19 @@ def open_rows(cfg, *, seq_len, seed, split):
     V = cfg.vocab_size
     need(2 <= V <= MAX_VOCAB, "config.data.vocab_size", V, f"zipf_markov needs 2..{MAX_VOCAB}")
     _, _, rate, unigram = chain(V)
+
+    def make(u):
+        tokens = sample(u, V)
+        return tokens[:, :-1], tokens[:, 1:], None
+
     return synthetic_rows(
         "zipf_markov",
         cfg,
+        vocab_size=V,
         seq_len=seq_len,
         seed=seed,
         split=split,
         n_uniforms=seq_len + 1,
-        make=lambda u: (sample(u, V), None),
+        make=make,
         facts={"loss_floor": rate, "unigram_loss": unigram},
     )
