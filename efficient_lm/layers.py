@@ -7,6 +7,7 @@ A parameter has a role, which decides its initial scale and its learning-rate mu
   fixed      matrix whose fan_in does not grow    std 1/sqrt(fan_in), lr x 1
   output     logits head                          std const, logits x 1/m, lr x 1
   vector     norms, biases, gates, decays         lr x 1, no weight decay
+  state      no parameter: never trained, its module's `next_state` changes it after each step
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-ROLES = ("embedding", "hidden", "fixed", "output", "vector")
+ROLES = ("embedding", "hidden", "fixed", "output", "vector", "state")
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,17 @@ class Maker:
         self.key, key = jax.random.split(self.key)
         return key
 
-    def matrix(self, d_in: int, d_out: int, *, role: str = "hidden", scale: float = 1.0) -> nnx.Param:
-        """[d_in, d_out] normal; std `init_std`, or 1/sqrt(d_in) when that is 0, times `scale`."""
+    def matrix(self, d_in: int, d_out: int, *, role: str = "hidden", scale: float = 1.0, copies: int = 0) -> nnx.Param:
+        """[d_in, d_out] normal; std `init_std`, or 1/sqrt(d_in) when that is 0, times `scale`.
+
+        `copies` independent ones give [copies, d_in, d_out].
+        """
         if self.model.init_std and role == "hidden":
             std = self.model.init_std / width_multiplier(self.model) ** 0.5
         else:
             std = d_in**-0.5
-        return nnx.Param(scale * std * jax.random.normal(self.next_key(), (d_in, d_out)), role=role)
+        shape = (copies, d_in, d_out) if copies else (d_in, d_out)
+        return nnx.Param(scale * std * jax.random.normal(self.next_key(), shape), role=role)
 
     def table(self, rows: int, width: int, role: str) -> nnx.Param:
         """[rows, width] normal with std 1/sqrt(width), of the base width under muP."""
@@ -87,6 +92,11 @@ class Maker:
     def vector(self, value) -> nnx.Param:
         """A parameter with a given initial value, without weight decay."""
         return nnx.Param(jnp.asarray(value, jnp.float32), role="vector")
+
+    def state(self, value) -> nnx.Param:
+        """An array that is no parameter but lives among them, so that whatever stores, shards or passes parameters
+        needs no second tree. The optimizer leaves it alone; gradients must not reach it."""
+        return nnx.Param(jnp.asarray(value, jnp.float32), role="state")
 
 
 class Linear(nnx.Module):

@@ -9,6 +9,7 @@ How learning rate, weight decay and Adam's epsilon depend on a parameter's role 
     vector      l^(a-1)            0                  l^-a
     embedding   1                  0 or 1             1 / m
     output      1                  1                  1
+    state       0                  0                  1
 so that learning rate x weight decay of hidden matrices does not depend on the width. `decay_embeddings` says whether
 embedding tables decay. All of it is 1 under the standard parametrisation without depth scaling.
 """
@@ -41,10 +42,11 @@ def parameter_groups(lm, cfg) -> Groups:
     m = width_multiplier(model)
     depth = model.n_layers / model.base_depth if model.base_depth else 1.0
     branch = depth ** (model.depth_alpha - 1.0)
-    lr = {"hidden": branch / m, "fixed": branch, "vector": branch, "embedding": 1.0, "output": 1.0}
-    decay = {"hidden": m, "fixed": 1.0, "vector": 0.0, "embedding": float(cfg.decay_embeddings), "output": 1.0}
+    lr = {"hidden": branch / m, "fixed": branch, "vector": branch, "embedding": 1.0, "output": 1.0, "state": 0.0}
+    decay = {"hidden": m, "fixed": 1.0, "vector": 0.0, "embedding": float(cfg.decay_embeddings)}
+    decay |= {"output": 1.0, "state": 0.0}
     eps = depth**-model.depth_alpha
-    eps = {"hidden": eps / m, "fixed": eps, "vector": eps, "embedding": 1.0 / m, "output": 1.0}
+    eps = {"hidden": eps / m, "fixed": eps, "vector": eps, "embedding": 1.0 / m, "output": 1.0, "state": 1.0}
     return Groups(roles, *(jax.tree.map(table.__getitem__, roles) for table in (lr, decay, eps)))
 
 
