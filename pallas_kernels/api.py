@@ -7,7 +7,7 @@ Conventions
   initial_state     [B, H, K, V] float32, or None for zero. It belongs to the segment of the first token.
   segment_ids       [B, T] integers. Where the id changes the state restarts from zero: segments never see each other.
   returns           (o, final_state); o has v's dtype; final_state is float32, None unless output_final_state=True.
-  implementation    None (best for this platform, shape and dtype), 'reference', 'xla', 'pallas_tpu', 'pallas_gpu'.
+  implementation    None (best for this platform, shape and dtype), 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'.
   errors            ValueError in one line naming the argument, its value and what is allowed.
 Gradients flow to every array argument but segment_ids; first order only.
 """
@@ -15,6 +15,7 @@ import functools
 
 import jax.numpy as jnp
 
+from pallas_kernels import attention as _attention
 from pallas_kernels import dispatch, readout, reference, steps
 from pallas_kernels import mlstm as _mlstm
 
@@ -248,6 +249,47 @@ def causal_conv1d(x, weight, bias=None, *, activation=None, initial_state=None, 
                 chunk_size=None)
 
 
+def attention(q, k, v, *, window=None, segment_ids=None, log_forget=None, sinks=None, logit_cap=None, sigmoid_bias=None,
+              scale=None, implementation=None):
+    """Causal softmax attention, o_t = sum_j w_tj v_j over the keys j <= t of t's segment. Returns o [B, T, H, V].
+
+    w_tj = e^s_tj / sum_i e^s_ti with s_tj = scale q_t.k_j; 'xla' computes it by blocks (2205.14135), in memory linear
+    in T. Query head h reads key head h // (H / G): GQA (2305.13245), MQA with G = 1.
+
+    Args:
+      q: [B, T, H, K].  k: [B, T, G, K].  v: [B, T, G, V], H a multiple of G.
+      window: keys that a query sees, itself included; None = all.
+      log_forget: [B, T, H] log forget gates; s_tj gains those of the tokens j + 1 .. t (2503.02130).
+      sinks: [H] logits b that join the denominator, e^b + sum_i e^s_ti; zeros give softmax-off-by-one.
+      logit_cap: c of the soft cap c tanh(s / c), before gates and biases.
+      sigmoid_bias: makes w_tj = sigmoid(s_tj + sigmoid_bias), with no denominator (2409.04431).
+      implementation: also 'cudnn'; see the module's conventions.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            _fail(f"{name}.shape", x.shape, "must be [B, T, H, D]")
+    b, t, h, width = q.shape
+    _check_shape("k", k, (b, t, k.shape[2], width))
+    _check_shape("v", v, k.shape[:3] + v.shape[3:])
+    if h % k.shape[2]:
+        _fail("heads of q", h, f"must be a multiple of the {k.shape[2]} heads of k and v")
+    _check_shape("segment_ids", segment_ids, (b, t))
+    _check_shape("log_forget", log_forget, (b, t, h))
+    _check_shape("sinks", sinks, (h,))
+    if window is not None and window < 1:
+        _fail("window", window, "must be at least 1, or None")
+    if sigmoid_bias is not None and sinks is not None:
+        _fail("sinks", "given", "must be None with sigmoid_bias, which has no denominator")
+    if segment_ids is not None:  # an id that comes back later is another segment
+        segment_ids = jnp.cumsum(reference.resets(segment_ids), 1)
+    arrays = dict(q=q, k=k, v=v, segment_ids=segment_ids, log_forget=log_forget, sinks=sinks)
+    options = dict(window=window, logit_cap=logit_cap, sigmoid_bias=sigmoid_bias,
+                   scale=width ** -0.5 if scale is None else scale)
+    _, function = dispatch.choose("attention", implementation, arrays | options)
+    return function(**arrays, **options)
+
+
+attention_step = _attention.attention_step
 linear_attention_step = steps.linear_attention_step
 delta_rule_step = steps.delta_rule_step
 dplr_step = steps.dplr_step

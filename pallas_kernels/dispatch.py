@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: explicit choice, or the best one that can serve the call.
 
-An accelerator implementation is a module `pallas_kernels.<tpu|gpu>.<operator>` with a function named like the
-operator and
+An accelerator implementation is a module `pallas_kernels.<tpu|gpu>.<operator>`, or for cuDNN
+`pallas_kernels.gpu.cudnn_<operator>`, with a function named like the operator and
 
     supports(**arguments) -> None | str
 
@@ -14,8 +14,13 @@ import importlib.util
 
 import jax
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
-_PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+# name: (platform, module of its kernel for an operator)
+_KERNELS = {
+    "pallas_tpu": ("tpu", "pallas_kernels.tpu.{}"),
+    "pallas_gpu": ("gpu", "pallas_kernels.gpu.{}"),
+    "cudnn": ("gpu", "pallas_kernels.gpu.cudnn_{}"),
+}
+IMPLEMENTATIONS = ("reference", "xla", *_KERNELS)
 
 
 def _load(op, implementation):
@@ -24,11 +29,11 @@ def _load(op, implementation):
         return getattr(importlib.import_module("pallas_kernels.reference"), op), None
     if implementation == "xla":
         return getattr(importlib.import_module(f"pallas_kernels.xla.{op}"), op), None
-    name = f"pallas_kernels.{_PLATFORM[implementation]}.{op}"
-    if importlib.util.find_spec(f"pallas_kernels.{_PLATFORM[implementation]}") is None or \
-            importlib.util.find_spec(name) is None:
+    platform, module = _KERNELS[implementation]
+    name = module.format(op)
+    if importlib.util.find_spec(name) is None:
         return None, f"there is no {implementation} kernel for {op}"
-    if implementation == "pallas_gpu" and jax.default_backend() != "gpu":
+    if platform == "gpu" and jax.default_backend() != "gpu":
         return None, f"needs an NVIDIA GPU, the default backend is {jax.default_backend()}"
     module = importlib.import_module(name)
     return getattr(module, op), module.supports
@@ -42,15 +47,14 @@ def _structs(arguments):
 def choose(op, implementation, arguments):
     """(name, function) for operator `op` called with `arguments` (dict by name).
 
-    `implementation` None: the Pallas kernels of the default platform when they support the call, else 'xla'. With
-    several devices it is 'xla', since XLA partitions no Pallas call but gathers its arguments; under `jax.shard_map`
-    name the implementation.
+    `implementation` None: the kernels of the default platform when they support the call, else 'xla'. With several
+    devices no Pallas ones, since XLA partitions no Pallas call (cuDNN's it does) but gathers its arguments; under
+    `jax.shard_map` name the implementation.
     Raises ValueError when an explicit choice is unknown or cannot serve the call, with the reason.
     """
     if implementation is None:
-        platform = jax.default_backend()
-        for name, wanted in _PLATFORM.items():
-            if platform == wanted and jax.device_count() == 1:
+        for name, (platform, _) in _KERNELS.items():
+            if platform == jax.default_backend() and (jax.device_count() == 1 or name == "cudnn"):
                 function, supports = _load(op, name)
                 if function is not None and supports(**_structs(arguments)) is None:
                     return name, function

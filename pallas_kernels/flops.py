@@ -5,6 +5,7 @@ skipping inside a chunk, chunk of 64 unless said. An implementation's name gives
 padding and skipping included; a test compares those with the dot_general operations of the traced computation.
 All assume no initial state and no final state asked for.
 """
+from pallas_kernels.xla import attention as _attention
 from pallas_kernels.xla import delta_rule as _delta
 from pallas_kernels.xla import linear_attention as _linear
 
@@ -88,6 +89,18 @@ def diagonal_scan_flops(D):
 def causal_conv1d_flops(D, W):
     """FLOPs per token of `api.causal_conv1d` with W taps on D channels."""
     return float(2 * D * W)
+
+
+def attention_flops(T, H, K, V, window=None, implementation=None):
+    """FLOPs per token of `api.attention`; idealised, 2 H (K + V) times the mean number of keys that a query sees."""
+    _check("none", implementation)
+    if implementation is None:
+        window = min(window or T, T)
+        return 2.0 * H * (K + V) * (window - window * (window - 1) / (2 * T))
+    if implementation == "reference":
+        return 2.0 * H * (K + V) * T
+    _, block = _attention.blocks(T)
+    return 2.0 * H * (K + V) * len(_attention.visible_pairs(T, window)) * block**2 / T
 
 
 def _power_of_two(length):

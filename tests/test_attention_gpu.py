@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.mixers.attention import AttentionConfig, attend
+from pallas_kernels import api
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")]
 
 
-@pytest.mark.parametrize("window", (0, 100))
+@pytest.mark.parametrize("window", (None, 100))
 @pytest.mark.parametrize("documents", (False, True))
 @pytest.mark.parametrize("kv_heads", (8, 2))
 def test_cudnn_equals_plain(window, documents, kv_heads):
@@ -21,10 +21,8 @@ def test_cudnn_equals_plain(window, documents, kv_heads):
     segments = 1 + jnp.cumsum(jax.random.bernoulli(keys[4], 4 / length, (batch, length)), axis=1) if documents else None
 
     def grads(implementation):
-        cfg = AttentionConfig(window=window, implementation=implementation)
-
         def loss(q, k, v):
-            out = attend(q, k, v, width**-0.5, cfg, segment_ids=segments)
+            out = api.attention(q, k, v, window=window, segment_ids=segments, implementation=implementation)
             return jnp.sum((out * cotangent).astype(jnp.float32))
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)

@@ -17,6 +17,8 @@ from efficient_lm.mixers.base import MIXERS, Mixer, MixerConfig
 from efficient_lm.norms import RMSNorm
 from efficient_lm.positions import apply_rope, rope_table
 from efficient_lm.schema import ConfigError, setting
+from pallas_kernels import api
+from pallas_kernels.flops import attention_flops
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class AttentionConfig(MixerConfig):
     output_gate: str = setting("none", "sigmoid gate on the output", choices=("none", "headwise", "elementwise"))
     implementation: str = setting(
         "auto",
-        "auto = cudnn on NVIDIA GPUs where it is legal, else xla",
-        choices=("auto", "xla", "cudnn"),
+        "operator implementation; auto = cudnn on NVIDIA GPUs where it is legal, else xla",
+        choices=("auto", "reference", "xla", "cudnn"),
         volatile=True,
     )
 
@@ -83,15 +85,27 @@ class Attention(Mixer):
 
     def __call__(self, x, ctx):
         q, k, v = self._project(x, ctx.positions)
-        total = None if self.forget is None else jnp.cumsum(self._log_forget(x), 1)
-        y = attend(q, k, v, self.scale, self.cfg, segment_ids=ctx.segment_ids, total=total, sink=self._sink())
+        y = api.attention(
+            *(q, k, v),
+            window=self.cfg.window or None,
+            segment_ids=ctx.segment_ids,
+            log_forget=None if self.forget is None else self._log_forget(x),
+            implementation=None if self.cfg.implementation == "auto" else self.cfg.implementation,
+            **self._weights(),
+        )
         return self._output(y, x), {}
 
     def _log_forget(self, x):
         return jax.nn.log_sigmoid(wide(self.forget(x)))
 
-    def _sink(self):
-        return None if self.sink is None else self.sink[...]
+    def _weights(self):
+        """How the operator makes weights of q.k."""
+        cfg, heads = self.cfg, self.sizes[0]
+        sinks = jnp.zeros(heads) if cfg.weights == "off_by_one" else None
+        if self.sink is not None:
+            sinks = self.sink[...]
+        bias = -math.log(cfg.sigmoid_length) if cfg.weights == "sigmoid" else None
+        return dict(scale=self.scale, logit_cap=cfg.logit_cap or None, sinks=sinks, sigmoid_bias=bias)
 
     def _output(self, y, x):
         if self.gate is not None:
@@ -132,12 +146,12 @@ class Attention(Mixer):
         if self.cfg.forget_gate:
             total = state["total"] + self._log_forget(x)
             totals = jnp.where(write, total[:, None], state["totals"])
-            bias = (total[:, None] - totals).swapaxes(1, 2)[:, :, None]
+            bias = (total[:, None] - totals).swapaxes(1, 2)
             new |= {"total": total, "totals": totals}
-        filled = (jnp.arange(slots) <= position[:, None])[:, None, None, :]
+        filled = jnp.arange(slots) <= position[:, None]
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
-        y = weighted_values(q, keys, values, filled, self.scale, self.cfg, bias=bias, sink=self._sink())
-        return self._output(y[:, 0], x), new
+        y = api.attention_step(q[:, 0], keys, values, filled, bias=bias, **self._weights())
+        return self._output(y, x), new
 
     @classmethod
     def check(cls, cfg, model, path):
@@ -159,7 +173,8 @@ class Attention(Mixer):
         window = min(cfg.window or seq_len, seq_len)
         visible = window - window * (window - 1) / (2 * seq_len)
         per_key = 2 * heads * 2 * width
-        scores = Flops(per_key * visible, per_key * window, per_key * seq_len)
+        executed = attention_flops(seq_len, heads, width, width, cfg.window or None, implementation="xla")
+        scores = Flops(per_key * visible, per_key * window, executed)
         return dense(_matrices(cfg, model)) + scores
 
     @staticmethod
@@ -186,72 +201,6 @@ def score_scale(cfg, model) -> float:
     if model.parametrization == "mup" and not cfg.head_dim:
         return (model.base_width / heads) ** 0.5 / width
     return width**-0.5
-
-
-def attend(q, k, v, scale, cfg, *, segment_ids=None, total=None, sink=None):
-    """Causal attention of q [B, T, H, D] over k, v [B, T, Hkv, D] -> [B, T, H, D].
-
-    total [B, T, H]: cumulative log forget gates. sink [H]: the learned logits of weights 'sink'.
-    """
-    same_document = None
-    if segment_ids is not None:
-        same_document = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    if cfg.implementation == "cudnn" or (cfg.implementation == "auto" and _cudnn_serves(q, cfg)):
-        window = (cfg.window - 1, 0) if cfg.window else None
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=same_document, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
-        )
-    t = jnp.arange(q.shape[1])
-    mask = t[:, None] >= t
-    if cfg.window:
-        mask &= t[:, None] - t < cfg.window
-    mask = mask[None, None]
-    if same_document is not None:
-        mask = mask & same_document
-    bias = None
-    if total is not None:
-        # Later keys are masked; without the bound their bias, positive, could overflow in the backward pass.
-        bias = jnp.minimum(total[:, :, None] - total[:, None], 0.0).transpose(0, 3, 1, 2)
-    return weighted_values(q, k, v, mask, scale, cfg, bias=bias, sink=sink)
-
-
-def weighted_values(q, k, v, mask, scale, cfg, *, bias=None, sink=None):
-    """weights(q k^T scale + bias) v; query head h reads key head h // (H / Hkv).
-
-    mask [B or 1, 1, Tq, Tk], bias [B, H, Tq, Tk], sink [H].
-    """
-    batch, length, heads, width = q.shape
-    grouped = k.shape[2], heads // k.shape[2]
-    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, *grouped, width)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
-    if cfg.logit_cap:
-        scores = cfg.logit_cap * jnp.tanh(scores / cfg.logit_cap)
-    if bias is not None:
-        scores = scores + bias.reshape(scores.shape)
-    scores = jnp.where(mask[:, :, None], scores, -1e30)
-    if cfg.weights == "sigmoid":
-        weights = jax.nn.sigmoid(scores - math.log(cfg.sigmoid_length))
-    elif cfg.weights == "softmax":
-        weights = jax.nn.softmax(scores, axis=-1)
-    else:
-        logit = jnp.zeros(()) if sink is None else sink.reshape(*grouped, 1, 1)
-        top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), logit))
-        weights = jnp.exp(scores - top)
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(logit - top))
-    y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
-    return y.reshape(batch, length, heads, v.shape[-1])
-
-
-def _cudnn_serves(q, cfg) -> bool:
-    # cuDNN's flash attention takes half precision, head sizes up to 128 in steps of 8, and no score cap.
-    return (
-        jax.default_backend() == "gpu"
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-        and cfg.weights == "softmax"
-        and not (cfg.logit_cap or cfg.forget_gate)
-    )
 
 
 def _gate_width(cfg, model) -> int:
