@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.steps import accumulation_dtype
+from pallas_kernels.xla.common import MIN_LOG_DECAY
 
 MASKED = -1e30  # the score of a key that is not visible; exp and sigmoid of it are exactly 0
 
@@ -34,7 +35,7 @@ def masked_scores(q, k, scale, *, window=None, segment_ids=None, logit_cap=None,
     """Scores of causal attention, MASKED where a key is not visible. Arguments as in `api.attention`."""
     s = scores(q, k, scale, logit_cap)
     if log_forget is not None:
-        total = jnp.cumsum(log_forget.astype(s.dtype), 1).swapaxes(1, 2)
+        total = jnp.cumsum(jnp.maximum(log_forget.astype(s.dtype), MIN_LOG_DECAY), 1).swapaxes(1, 2)
         s = s + (total[..., :, None] - total[..., None, :])
     return jnp.where(visible(q.shape[1], window, segment_ids), s, MASKED)
 

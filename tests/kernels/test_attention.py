@@ -89,13 +89,15 @@ def test_reference_is_softmax_attention():
 
 
 def test_forget_gates_that_forget_all_cut_the_sequence():
-    """A gate of -60 at the first tokens of documents is as good as segment ids, and -inf acts as -64."""
+    """A gate of -64 at the first tokens of documents is as good as segment ids, and -inf acts as -64."""
     arrays, ids, _ = inputs(("segments",))
     starts = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))[..., None] * np.ones(H)
     want = api.attention(**arrays, segment_ids=jnp.asarray(ids))
     for gate in (-64.0, -np.inf):
-        got = api.attention(**arrays, log_forget=jnp.where(starts == 1, gate, 0.0))
-        assert relative_error(got, want) < 1e-6
+        for implementation in ("reference", "xla"):
+            log_forget = jnp.where(starts == 1, gate, 0.0)
+            got = api.attention(**arrays, log_forget=log_forget, implementation=implementation)
+            assert relative_error(got, want) < 1e-6
 
 
 def test_long_sums_of_gates_lose_no_digits():
