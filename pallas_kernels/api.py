@@ -7,7 +7,7 @@ Conventions
   initial_state     [B, H, K, V] float32, or None for zero. It belongs to the segment of the first token.
   segment_ids       [B, T] integers. Where the id changes the state restarts from zero: segments never see each other.
   returns           (o, final_state); o has v's dtype; final_state is float32, None unless output_final_state=True.
-  implementation    None (best for platform, shapes and dtypes), 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'.
+  implementation    None (best for platform, shape and dtype), 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', 'cudnn'.
   errors            ValueError in one line naming the argument, its value and what is allowed.
 Gradients flow to every array argument but segment_ids; first order only.
 """
