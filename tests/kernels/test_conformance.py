@@ -13,7 +13,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 CHUNK = 16
 # The others run the same kernels: their gates are broadcast, their steps spread over rows, before the kernel.
 TPU_FAMILIES = ("linear", "simple_gla", "gla", "rwkv6", "normalised", "deltanet", "gated_deltanet", "deltaproduct",
-                "kda", "rwkv7", "mlstm", "diagonal")
+                "kda", "rwkv7", "mlstm", "diagonal", "diagonal_complex")
 
 
 def outputs(family, arrays, ids, cotangent, implementation, **options):
