@@ -1,25 +1,20 @@
 """HGRN2 (2404.07904): S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T, o_t = S_t^T q_t: GLA with keys tied to the gate.
 
 q = SiLU(x W_q), v = x W_i, f = b + (1 - b) sigmoid(x W_f) per key channel with a lower bound b that grows with depth.
-RMS norm over all heads together, no gate, output matrix. b starts at l / L in layer l of L, as in the paper, which
-derives the bounds of all layers from one softmax over depth; here every layer has bounds of its own, sigmoid of a
-learned vector, so that layers do not share parameters.
+RMS norm over all heads together, no gate, output matrix. b starts at l / L in layer l of L; see `hgrn.BoundedForget`.
 """
 
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from efficient_lm.flops import dense
-from efficient_lm.layers import Linear, wide
+from efficient_lm.layers import Linear
 from efficient_lm.mixers.base import MIXERS
+from efficient_lm.mixers.hgrn import BoundedForget
 from efficient_lm.mixers.parts import OperatorConfig, Recurrent, check_heads, head_state, split_heads
 from efficient_lm.norms import RMSNorm
 from pallas_kernels.flops import linear_attention_flops
-
-# Stands for the bound 0 of the first layer, whose logit would be infinite.
-LEAST_BOUND = 1e-3
 
 
 @dataclass(frozen=True)
@@ -39,8 +34,7 @@ class HGRN2(Recurrent):
         self.q = Linear(make, d, d)
         self.f = Linear(make, d, d)
         self.i = Linear(make, d, d)
-        bound = jnp.maximum(make.layer / model.n_layers, LEAST_BOUND)
-        self.bound = make.vector(jnp.full(d, jnp.log(bound) - jnp.log1p(-bound)))
+        self.forget = BoundedForget(make, d)
         self.norm = RMSNorm(make, d, model.norm_eps)
         self.o = Linear(make, d, d)
 
@@ -49,11 +43,8 @@ class HGRN2(Recurrent):
 
     def inputs(self, u, x):
         q, f, v = u
-        q, f, bound = jax.nn.silu(q), wide(f), self.bound[...]
-        log_f = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + jax.nn.log_sigmoid(f))
-        # 1 - f without cancellation.
-        k = (jax.nn.sigmoid(-bound) * jax.nn.sigmoid(-f)).astype(x.dtype)
-        arguments = {"q": q, "k": k, "v": v, "log_decay": log_f}
+        log_f, k = self.forget(f)
+        arguments = {"q": jax.nn.silu(q), "k": k.astype(x.dtype), "v": v, "log_decay": log_f}
         return {name: split_heads(y, self.cfg.n_heads) for name, y in arguments.items()}
 
     def output(self, o, u, x):

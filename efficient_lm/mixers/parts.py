@@ -187,6 +187,17 @@ def split_heads(x, heads: int):
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
+def in_chunks(a, size: int, mode: str = "constant"):
+    """[B, T, ...] -> [n, B, size, ...], padded at the end (numpy.pad's `mode`), for a scan over chunks of tokens."""
+    pad = [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2)
+    return jnp.moveaxis(jnp.pad(a, pad, mode=mode).reshape(a.shape[0], -1, size, *a.shape[2:]), 1, 0)
+
+
+def from_chunks(a, length: int):
+    """The inverse of `in_chunks`: [n, B, size, ...] -> [B, length, ...]."""
+    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :length]
+
+
 def head_state(batch: int, heads: int, key_width: int, value_width: int):
     """Zero state [B, H, K, V]."""
     return jnp.zeros((batch, heads, key_width, value_width), jnp.float32)
