@@ -36,20 +36,25 @@ class Block(nnx.Module):
     def __call__(self, x, ctx):
         """x, ctx -> x, aux."""
         y, aux = self.mixer(self.mixer_norm(x), ctx)
-        x = self._add(x, y, self.mixer_out_norm)
-        if self.ffn is not None:
-            y, more = self.ffn(self.ffn_norm(x), ctx)
-            x, aux = self._add(x, y, self.ffn_out_norm), aux | more
-        return x, aux
+        x, more = self._ffn(self._add(x, y, self.mixer_out_norm), ctx)
+        return x, aux | more
 
-    def step(self, x, state):
+    def prefill(self, x, ctx, max_len):
+        """As the call, without aux: x [B, n, d] -> x, the mixer's state after n tokens."""
+        y, state = self.mixer.prefill(self.mixer_norm(x), ctx, max_len)
+        return self._ffn(self._add(x, y, self.mixer_out_norm), ctx)[0], state
+
+    def step(self, x, state, ctx):
         """One token: x [B, d], mixer state -> x, state."""
-        y, state = self.mixer.step(self.mixer_norm(x), state)
+        y, state = self.mixer.step(self.mixer_norm(x), state, ctx)
         x = self._add(x, y, self.mixer_out_norm)
-        if self.ffn is not None:
-            y, _ = self.ffn(self.ffn_norm(x[:, None]), None)
-            x = self._add(x, y[:, 0], self.ffn_out_norm)
-        return x, state
+        return self._ffn(x[:, None], None)[0][:, 0], state
+
+    def _ffn(self, x, ctx):
+        if self.ffn is None:
+            return x, {}
+        y, aux = self.ffn(self.ffn_norm(x), ctx)
+        return self._add(x, y, self.ffn_out_norm), aux
 
     def _add(self, x, y, out_norm):
         if out_norm is not None:

@@ -65,9 +65,9 @@ def count_flops(config) -> dict[str, float]:
 
 
 def decode_state_bytes(config, seq_len: int) -> int:
-    """Bytes of decoding state per sequence after `seq_len` tokens, all layers."""
+    """Bytes of decoding state per sequence after `seq_len` tokens: its position (int32) and what all layers keep."""
     model = config.model
-    return sum(MIXERS[mixer.kind].state_bytes(mixer, model, seq_len) for mixer, _ in _layers(model))
+    return 4 + sum(MIXERS[mixer.kind].state_bytes(mixer, model, seq_len) for mixer, _ in _layers(model))
 
 
 def traced_matmul_flops(function, *args) -> float:

@@ -1,6 +1,7 @@
 """Sample text from a trained run: python -m efficient_lm.generate --run runs/x --prompt "The state of the union"
 
-Decoding is token by token with each mixer's own state (KV cache or recurrent state), compiled once.
+The prompt is read in parallel form; then decoding is token by token with each mixer's own state (KV cache or recurrent
+state). Several prompts go together: --prompt may be given more than once.
 """
 
 import argparse
@@ -36,28 +37,40 @@ def load_run(run, step: int = 0):
     return cfg, lm, state["ema"] if cfg.train.ema else state["params"]
 
 
-def sample(lm: LM, params, prompt, n_new: int, *, temperature: float = 1.0, top_k: int = 0, seed: int = 0):
-    """prompt [B, P] int32 (P >= 1) -> [B, P + n_new] int32. temperature 0 = the likeliest token; top_k 0 = all."""
-    prompt = jnp.asarray(prompt, jnp.int32)
-    return np.asarray(_sample(lm, params, prompt, n_new, temperature, top_k, jax.random.key(seed)))
+def sample(lm: LM, params, prompts, n_new: int, *, lengths=None, temperature: float = 1.0, top_k: int = 0, seed=0):
+    """prompts [B, P] int32 (P >= 1) -> [B, P + n_new] int32. temperature 0 = the likeliest token; top_k 0 = all.
+
+    lengths [B]: tokens of each prompt (the rest of a row is not read), all P by default. A row is continued from its
+    own end, so that a shorter prompt gets more new tokens.
+    """
+    prompts = jnp.asarray(prompts, jnp.int32)
+    lengths = np.full(len(prompts), prompts.shape[1]) if lengths is None else np.asarray(lengths)
+    if lengths.min() < 1 or lengths.max() > prompts.shape[1]:
+        raise ValueError(f"lengths = {lengths.tolist()}: must be between 1 and prompts.shape[1] = {prompts.shape[1]}")
+    key, shortest = jax.random.key(seed), int(lengths.min())
+    return np.asarray(_sample(lm, params, prompts, jnp.asarray(lengths), key, shortest, n_new, temperature, top_k))
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "n_new", "temperature", "top_k"))
-def _sample(lm, params, prompt, n_new, temperature, top_k, key):
-    batch, length = prompt.shape
-    total = length + n_new
-    forced = jnp.pad(prompt, ((0, 0), (0, n_new)))
+@functools.partial(jax.jit, static_argnames=("lm", "shortest", "n_new", "temperature", "top_k"))
+def _sample(lm, params, prompts, lengths, key, shortest, n_new, temperature, top_k):
+    """What all prompts have in parallel form, then token by token: a longer prompt's next token, or a drawn one."""
+    total = prompts.shape[1] + n_new
+    prompts = jnp.pad(prompts, ((0, 0), (0, n_new)))
+
+    def token_after(t, logits):
+        drawn = _draw(logits, temperature, top_k, jax.random.fold_in(key, t))
+        return jnp.where(t + 1 < lengths, prompts[:, t + 1], drawn)
 
     def step(carry, t):
         token, state = carry
         logits, state = lm.step(params, token, state)
-        drawn = _draw(logits, temperature, top_k, jax.random.fold_in(key, t))
-        token = jnp.where(t + 1 < length, forced[:, jnp.minimum(t + 1, total - 1)], drawn)
+        token = token_after(t, logits)
         return (token, state), token
 
-    start = (forced[:, 0], lm.init_state(params, batch, total))
-    _, tokens = jax.lax.scan(step, start, jnp.arange(total - 1))
-    return jnp.concatenate([forced[:, :1], tokens.T], axis=1)
+    logits, state = lm.prefill(params, prompts[:, :shortest], total)
+    first = token_after(shortest - 1, logits)
+    _, tokens = jax.lax.scan(step, (first, state), jnp.arange(shortest, total - 1))
+    return jnp.concatenate([prompts[:, :shortest], first[:, None], tokens.T], axis=1)
 
 
 def _draw(logits, temperature, top_k, key):
@@ -73,7 +86,7 @@ def main(argv=None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m efficient_lm.generate", description=__doc__.partition("\n")[0])
     parser.add_argument("--run", required=True, help="run directory of efficient_lm.train")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be repeated")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to add (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0 = all")
@@ -88,19 +101,22 @@ def main(argv=None) -> int:
         data = open_data(cfg.data, seq_len=cfg.train.seq_len, batch_size=1, seed=cfg.seed, split="validation")
         if data.tokenizer is None:
             raise ConfigError(f"--run {args.run}: was trained on synthetic data {cfg.data.source!r}, which is no text")
-        prompt = data.tokenizer.encode(args.prompt)
-        if len(prompt) == 0:
+        prompts = [data.tokenizer.encode(text) for text in args.prompt]
+        if not all(len(prompt) for prompt in prompts):
             raise ConfigError("--prompt '': must have at least one token")
         if args.top_k > cfg.model.vocab_size:
             raise ConfigError(f"--top-k {args.top_k}: must be at most the vocabulary, {cfg.model.vocab_size}")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    lengths = [len(prompt) for prompt in prompts]
+    rows = np.stack([np.pad(prompt, (0, max(lengths) - len(prompt))) for prompt in prompts])
     tokens = sample(
-        lm, params, np.asarray(prompt)[None], args.tokens,
-        temperature=args.temperature, top_k=args.top_k, seed=args.seed,
+        lm, params, rows, args.tokens,
+        lengths=lengths, temperature=args.temperature, top_k=args.top_k, seed=args.seed,
     )  # fmt: skip
-    print(data.tokenizer.decode(tokens[0]))
+    for row, length in zip(tokens, lengths, strict=True):
+        print(data.tokenizer.decode(row[: length + args.tokens]))
     return 0
 
 

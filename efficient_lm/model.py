@@ -2,7 +2,8 @@
 
     params = {"embed": {"table"}, "prefix": {"0": {...}}, "pattern": {"0": {...}, "1": {...}}, "tail": {...},
               "final_norm": {...}, "head": {"table"}}
-Blocks of "pattern" carry a leading axis over repeats, which `lax.scan` walks; "prefix" and "tail" blocks do not.
+Blocks of "pattern" carry a leading axis over repeats, which `lax.scan` walks; "prefix" and "tail" blocks do not. Where
+the pattern adds to the carry that crosses layers, its first repeat is part of "prefix" (`scan_start`).
 """
 
 import functools
@@ -13,8 +14,10 @@ from flax import nnx
 
 from efficient_lm.blocks import RESIDUALS
 from efficient_lm.layers import Context, Maker, layer_specs, width_multiplier
+from efficient_lm.mixers import MIXERS
 from efficient_lm.norms import NORMS
 
+GROUPS = ("prefix", "pattern", "tail")
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -35,7 +38,7 @@ class LM:
         self.model = model
         self.dtype = jnp.dtype(model.dtype)
         specs = layer_specs(model)
-        start, period = len(model.prefix), len(model.pattern)
+        start, period = scan_start(model), len(model.pattern)
         self.repeats = (model.n_layers - start) // period
         tail = start + self.repeats * period
         # group -> {block name: layer of its first (or only) occurrence}
@@ -93,40 +96,42 @@ class LM:
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        ctx = Context(segment_ids, positions, {})
-        x = constrain(self._embed(params, tokens))
-        stats = []
-        for name in self.groups["prefix"]:
-            x, ctx, aux = self._block("prefix", name, params["prefix"][name], x, ctx, constrain)
-            stats.append(jax.tree.map(lambda a: a[None], aux))
-        if self.repeats:
-            x, ctx, auxes = self._scan(params["pattern"], x, ctx, constrain)
-            stats += auxes
-        for name in self.groups["tail"]:
-            x, ctx, aux = self._block("tail", name, params["tail"][name], x, ctx, constrain)
-            stats.append(jax.tree.map(lambda a: a[None], aux))
-        return self._logits(params, x), _mean_over_layers(stats)
+        ctx = Context(segment_ids, positions)
 
-    def _block(self, group, name, params, x, ctx, constrain):
-        block = self.parts[f"{group}/{name}"].bind(params)
-        ctx = Context(ctx.segment_ids, ctx.positions, dict(ctx.carry))
-        x, aux = block(x, ctx)
-        return constrain(x), ctx, aux
+        def visit(block, x, ctx, state):
+            x, aux = block(x, ctx)
+            return constrain(x), aux
 
-    def _scan(self, params, x, ctx, constrain):
-        def body(state, layer_params):
-            x, ctx = state
-            auxes = []
-            for name in self.groups["pattern"]:
-                x, ctx, aux = self._block("pattern", name, layer_params[name], x, ctx, constrain)
-                auxes.append(aux)
-            return (x, ctx), auxes
+        x, aux = self._walk(params, constrain(self._embed(params, tokens)), ctx, visit, remat=self.model.remat)
+        return self._logits(params, x), _mean_over_layers(aux)
 
-        if self.model.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.model.remat], prevent_cse=False)
-        unroll = self.model.scan_unroll or (self.repeats if jax.default_backend() == "cpu" else 1)
-        (x, ctx), auxes = jax.lax.scan(body, (x, ctx), params, unroll=min(unroll, self.repeats))
-        return x, ctx, auxes
+    def _walk(self, params, x, ctx, visit, state=None, remat="none"):
+        """visit(block, x, ctx, block's state) -> x, out for every block in turn.
+
+        Returns x and {group: {block name: out}}, those of "pattern" with a leading axis over repeats.
+        """
+
+        def run(group, flow, inputs):
+            (x, carry), (params, state), outs = flow, inputs, {}
+            carry = dict(carry)  # blocks add to it
+            for name in self.groups[group]:
+                block = self.parts[f"{group}/{name}"].bind(params[name])
+                here = Context(ctx.segment_ids, ctx.positions, carry)
+                x, outs[name] = visit(block, x, here, None if state is None else state[name])
+            return (x, carry), outs
+
+        flow, outs = (x, ctx.carry), {}
+        for group in (group for group in GROUPS if self.groups[group]):
+            inputs = params[group], None if state is None else state[group]
+            body = functools.partial(run, group)
+            if group != "pattern":
+                flow, outs[group] = body(flow, inputs)
+                continue
+            if remat != "none":
+                body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+            unroll = self.model.scan_unroll or (self.repeats if jax.default_backend() == "cpu" else 1)
+            flow, outs[group] = jax.lax.scan(body, flow, inputs, unroll=min(unroll, self.repeats))
+        return flow[0], outs
 
     def _embed(self, params, tokens):
         return params["embed"]["table"][tokens].astype(self.dtype)
@@ -142,38 +147,41 @@ class LM:
 
     def init_state(self, params, batch: int, max_len: int) -> dict:
         """Decoding state for `batch` sequences of at most `max_len` tokens."""
-        state = {}
-        for group, name, part in self._blocks():
-            mixer = part.bind(self._first(params, group, name)).mixer
-            one = mixer.init_state(batch, max_len)
-            if group == "pattern":
-                one = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeats, *a.shape)), one)
-            _set(state, f"{group}/{name}", one)
+        state = {"position": jnp.zeros(batch, jnp.int32)}
+        for group, blocks in self.groups.items():
+            for name in blocks:
+                mixer = self.parts[f"{group}/{name}"].bind(self._first(params, group, name)).mixer
+                one = mixer.init_state(batch, max_len)
+                if group == "pattern":
+                    one = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeats, *a.shape)), one)
+                _set(state, f"{group}/{name}", one)
         return state
+
+    def prefill(self, params, tokens, max_len: int):
+        """The prompt in parallel form: tokens [B, n] -> logits [B, vocab_size] of its last token, the state after it.
+
+        `max_len` as in `init_state`. Raises ValueError where the prompt is longer.
+        """
+        batch, length = tokens.shape
+        if length > max_len:
+            raise ValueError(f"tokens.shape = {tokens.shape}: a prompt must be no longer than max_len = {max_len}")
+        ctx = Context(None, jnp.broadcast_to(jnp.arange(length), tokens.shape))
+
+        def visit(block, x, ctx, state):
+            return block.prefill(x, ctx, max_len)
+
+        x, state = self._walk(params, self._embed(params, tokens), ctx, visit)
+        return self._logits(params, x[:, -1]), {"position": jnp.full(batch, length, jnp.int32), **state}
 
     def step(self, params, tokens, state):
         """One token per sequence: tokens [B] -> logits [B, vocab_size], state."""
-        x, state = self._embed(params, tokens), jax.tree.map(lambda a: a, state)
-        for group in ("prefix", "pattern", "tail"):
-            if group == "pattern" and self.repeats:
-                x, state["pattern"] = jax.lax.scan(self._step_repeat, x, (params["pattern"], state["pattern"]))
-                continue
-            for name in self.groups[group]:
-                block = self.parts[f"{group}/{name}"].bind(params[group][name])
-                x, state[group][name] = block.step(x, state[group][name])
-        return self._logits(params, x), state
+        position = state["position"]
 
-    def _step_repeat(self, x, inputs):
-        params, state = inputs
-        new = {}
-        for name in self.groups["pattern"]:
-            x, new[name] = self.parts[f"pattern/{name}"].bind(params[name]).step(x, state[name])
-        return x, new
+        def visit(block, x, ctx, state):
+            return block.step(x, state, ctx)
 
-    def _blocks(self):
-        for group, blocks in self.groups.items():
-            for name in blocks:
-                yield group, name, self.parts[f"{group}/{name}"]
+        x, new = self._walk(params, self._embed(params, tokens), Context(None, position), visit, state)
+        return self._logits(params, x), {"position": position + 1, **new}
 
     def _first(self, params, group, name):
         block = params[group][name]
@@ -202,9 +210,7 @@ class Part:
         graph, state = self._split
         expected = jax.tree.structure(_plain(state))
         if jax.tree.structure(params) != expected:
-            raise ValueError(
-                f"parameters do not fit the module: expected {expected}, got {jax.tree.structure(params)}"
-            )
+            raise ValueError(f"parameters do not fit the module: expected {expected}, got {jax.tree.structure(params)}")
         state = jax.tree.map(lambda a: a, state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)
@@ -225,10 +231,22 @@ def _set(tree, path, value):
     tree[last] = value
 
 
-def _mean_over_layers(stats):
-    """[{name: [layers]}] -> {name: mean}; a name ending in _loss is summed, since every layer adds its own."""
+def scan_start(model) -> int:
+    """Number of blocks before the layer scan: those of the prefix, and one repeat of a pattern that adds to the carry.
+
+    What a scan carries must have the same structure from the first repeat to the last.
+    """
+    mixers = [model.mixers[mixer] for mixer, _ in layer_specs(model)]
+    start, period = len(model.prefix), len(model.pattern)
+    given = {key for cfg in mixers[:start] for key in MIXERS[cfg.kind].gives(cfg)}
+    new = {key for cfg in mixers[start:] for key in MIXERS[cfg.kind].gives(cfg)} - given
+    return min(start + period, model.n_layers) if new else start
+
+
+def _mean_over_layers(outs):
+    """{group: {block: {name: [layers]}}} -> {name: mean}, the sum where a name ends in _loss."""
     collected = {}
-    for aux in stats:
+    for aux in (aux for blocks in outs.values() for aux in blocks.values()):
         for name, values in aux.items():
             collected.setdefault(name, []).append(jnp.ravel(values))
     return {

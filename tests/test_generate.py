@@ -28,6 +28,18 @@ def test_greedy_continuation_is_the_argmax_of_the_parallel_form(lm):
     np.testing.assert_array_equal(out[:, 3:], np.argmax(logits, -1)[:, 2:-1])
 
 
+def test_prompts_of_different_lengths_are_continued_as_if_alone(lm):
+    model, params = lm
+    prompts = np.array([[5, 9, 200, 31], [7, 0, 0, 0], [8, 1, 6, 0]])
+    lengths = [4, 1, 3]
+    together = generate.sample(model, params, prompts, 6, lengths=lengths, temperature=0)
+    for row, prompt, n in zip(together, prompts, lengths, strict=True):
+        alone = generate.sample(model, params, prompt[None, :n], 10 - n, temperature=0)
+        np.testing.assert_array_equal(row, alone[0])
+    with pytest.raises(ValueError, match="lengths = .*must be between 1 and"):
+        generate.sample(model, params, prompts, 6, lengths=[4, 5, 3])
+
+
 def test_draws_depend_on_the_seed_and_top_1_is_greedy(lm):
     model, params = lm
     prompt = np.array([[5, 9, 200]])
@@ -44,6 +56,8 @@ def test_command_line(tmp_path, capsys):
     train(from_dict(values), tmp_path / "run", devices=jax.devices()[:1])
     capsys.readouterr()
     assert generate.main(["--run", str(tmp_path / "run"), "--prompt", "The ", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("The ")
+    assert generate.main(["--run", str(tmp_path / "run"), "--prompt", "The ", "--prompt", "A", "--tokens", "1"]) == 0
     assert capsys.readouterr().out.startswith("The ")
     for bad, message in (
         (["--run", str(tmp_path), "--prompt", "x"], "no run directory"),

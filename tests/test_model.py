@@ -48,14 +48,26 @@ def test_layout_prefix_pattern_tail():
     {"n_layers": 4, "prefix": ["gla"], "pattern": ["attention", "gla"], "residual": "sandwich", "tie_embeddings": True},
 ])  # fmt: skip
 def test_decoding_equals_the_parallel_form(layout):
+    """Token by token from the start, and after a prompt in parallel form."""
     lm, params = make(**layout)
     x = tokens()
     parallel, _ = jax.jit(lm)(params, x)
-    state, step, logits = lm.init_state(params, 2, T), jax.jit(lm.step), []
-    for t in range(T):
-        out, state = step(params, x[:, t], state)
-        logits.append(out)
-    np.testing.assert_allclose(jnp.stack(logits, 1), parallel, rtol=1e-4, atol=2e-5)
+    step = jax.jit(lm.step)
+    for n in (0, 7):
+        if n:
+            out, state = jax.jit(lm.prefill, static_argnums=2)(params, x[:, :n], T)
+            np.testing.assert_allclose(out, parallel[:, n - 1], rtol=1e-4, atol=2e-5)
+        else:
+            state = lm.init_state(params, 2, T)
+        for t in range(n, T):
+            out, state = step(params, x[:, t], state)
+            np.testing.assert_allclose(out, parallel[:, t], rtol=1e-4, atol=2e-5)
+
+
+def test_prompts_longer_than_the_state_are_refused():
+    lm, params = make()
+    with pytest.raises(ValueError, match="no longer than max_len = 19"):
+        lm.prefill(params, tokens(), T - 1)
 
 
 def test_unrolling_and_remat_change_nothing_but_time():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from efficient_lm.flops import Flops, dense
 from efficient_lm.layers import Linear, wide
+from efficient_lm.mixers import cache
 from efficient_lm.mixers.base import MIXERS, Mixer, MixerConfig
 from efficient_lm.norms import RMSNorm
 from efficient_lm.positions import apply_rope, rope_table
@@ -72,7 +73,7 @@ class Attention(Mixer):
         d = model.d_model
         self.cfg, self.sizes = cfg, cfg.sizes(d)
         heads, kv_heads, width = self.sizes
-        self.scale = score_scale(cfg, model)
+        self.scale, self.dtype = score_scale(cfg, model), model.dtype
         self.q = Linear(make, d, heads * width)
         self.k = Linear(make, d, kv_heads * width)
         self.v = Linear(make, d, kv_heads * width)
@@ -84,16 +85,21 @@ class Attention(Mixer):
         self.sink = make.vector(jnp.zeros(heads)) if cfg.weights == "sink" else None
 
     def __call__(self, x, ctx):
+        return self._parallel(x, ctx)[0], {}
+
+    def _parallel(self, x, ctx):
+        """y [B, T, d], keys, values [B, T, kv heads, D] and log forget gates [B, T, H] or None."""
         q, k, v = self._project(x, ctx.positions)
+        log_forget = None if self.forget is None else self._log_forget(x)
         y = api.attention(
             *(q, k, v),
             window=self.cfg.window or None,
             segment_ids=ctx.segment_ids,
-            log_forget=None if self.forget is None else self._log_forget(x),
+            log_forget=log_forget,
             implementation=None if self.cfg.implementation == "auto" else self.cfg.implementation,
             **self._weights(),
         )
-        return self._output(y, x), {}
+        return self._output(y, x), k, v, log_forget
 
     def _log_forget(self, x):
         return jax.nn.log_sigmoid(wide(self.forget(x)))
@@ -127,31 +133,36 @@ class Attention(Mixer):
 
     def init_state(self, batch, max_len):
         heads, kv_heads, width = self.sizes
-        slots = min(max_len, self.cfg.window) if self.cfg.window else max_len
-        cache = jnp.zeros((batch, slots, kv_heads, width), jnp.float32)
-        state = {"k": cache, "v": cache, "position": jnp.zeros(batch, jnp.int32)}
+        slots = self._slots(max_len)
+        keys = jnp.zeros((batch, slots, kv_heads, width), self.dtype)
+        state = {"k": keys, "v": keys}
         if self.cfg.forget_gate:  # sums of log forget gates: at the cached keys, and until now
             state |= {"totals": jnp.zeros((batch, slots, heads)), "total": jnp.zeros((batch, heads))}
         return state
 
-    def step(self, x, state):
-        position = state["position"]
-        q, k, v = self._project(x[:, None], position[:, None])
-        # A ring buffer: with a window, a new key takes the slot of the one that just left it.
-        slots = state["k"].shape[1]
-        write = jax.nn.one_hot(position % slots, slots, dtype=jnp.bool_)[..., None]
-        keys = jnp.where(write[..., None], k.astype(jnp.float32), state["k"])
-        values = jnp.where(write[..., None], v.astype(jnp.float32), state["v"])
-        new, bias = {"k": keys, "v": values, "position": position + 1}, None
+    def prefill(self, x, ctx, max_len):
+        y, k, v, log_forget = self._parallel(x, ctx)
+        slots = self._slots(max_len)
+        state = {"k": cache.fill(k, slots, self.dtype), "v": cache.fill(v, slots, self.dtype)}
+        if log_forget is not None:
+            totals = jnp.cumsum(log_forget, 1)
+            state |= {"totals": cache.fill(totals, slots), "total": totals[:, -1]}
+        return y, state
+
+    def step(self, x, state, ctx):
+        position = ctx.positions
+        q, k, v = (part[:, 0] for part in self._project(x[:, None], position[:, None]))
+        new, bias = {"k": cache.write(state["k"], k, position), "v": cache.write(state["v"], v, position)}, None
         if self.cfg.forget_gate:
             total = state["total"] + self._log_forget(x)
-            totals = jnp.where(write, total[:, None], state["totals"])
+            totals = cache.write(state["totals"], total, position)
             bias = (total[:, None] - totals).swapaxes(1, 2)
             new |= {"total": total, "totals": totals}
-        filled = jnp.arange(slots) <= position[:, None]
-        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
-        y = api.attention_step(q[:, 0], keys, values, filled, bias=bias, **self._weights())
-        return self._output(y, x), new
+        keys, values, filled = new["k"].astype(q.dtype), new["v"].astype(q.dtype), cache.filled(new["k"], position)
+        return self._output(api.attention_step(q, keys, values, filled, bias=bias, **self._weights()), x), new
+
+    def _slots(self, max_len):
+        return min(max_len, self.cfg.window) if self.cfg.window else max_len
 
     @classmethod
     def check(cls, cfg, model, path):
@@ -188,7 +199,7 @@ class Attention(Mixer):
         heads, kv_heads, width = cfg.sizes(model.d_model)
         slots = min(seq_len, cfg.window or seq_len)
         forget = 4 * heads * (slots + 1) if cfg.forget_gate else 0
-        return 2 * 4 * slots * kv_heads * width + 4 + forget
+        return 2 * slots * kv_heads * width * jnp.dtype(model.dtype).itemsize + forget
 
 
 def divisors(n: int) -> str:

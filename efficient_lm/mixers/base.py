@@ -3,15 +3,17 @@
 A mixer file has a frozen config dataclass (subclass of `MixerConfig`) and a `Mixer` subclass registered with
 `@MIXERS.register("name")` whose `Config` is that dataclass. Being registered buys the conformance suite
 (tests/conformance/test_mixers.py): shapes and dtypes, no leak of the future, batch independence, chunked = step by
-step, document resets = separate sequences, gradients against float64, parameters and FLOPs as declared,
-sharded = one device, and a short run whose loss falls.
+step, with and without prefill, document resets = separate sequences, gradients against float64, parameters and FLOPs
+as declared, sharded = one device, and a short run whose loss falls.
 """
 
 from dataclasses import dataclass
 
+import jax
 from flax import nnx
 
 from efficient_lm.flops import Flops
+from efficient_lm.layers import Context
 from efficient_lm.registry import Registry
 from efficient_lm.schema import setting
 
@@ -44,7 +46,7 @@ class Mixer(nnx.Module):
 
         Must not look at later tokens or, where ctx.segment_ids differ, at other documents. An aux entry whose
         name ends in `_loss` is added to the training loss; the others are logged. A mixer that shares something
-        with later layers puts it into ctx.carry under a key of its own (and must do so in every layer).
+        with later layers puts it into ctx.carry under the keys that `gives` names, also in `prefill` and `step`.
         """
         raise NotImplementedError
 
@@ -52,9 +54,30 @@ class Mixer(nnx.Module):
         """Decoding state before the first token: a pytree of arrays with leading axis `batch`."""
         raise NotImplementedError
 
-    def step(self, x, state):
-        """One token: x [B, d], state -> y [B, d], state."""
+    def step(self, x, state, ctx):
+        """One token: x [B, d], state -> y [B, d], state. ctx.positions is [B]; ctx.carry is of this token."""
         raise NotImplementedError
+
+    def prefill(self, x, ctx, max_len: int):
+        """The first n tokens at once: x [B, n, d] -> y [B, n, d], the state that n steps would reach.
+
+        ctx as in training, with positions 0 .. n-1 and no segment_ids; `max_len` as in `init_state`. This default
+        walks through `step`, with an empty carry.
+        """
+
+        def one(state, token):
+            x, position = token
+            y, state = self.step(x, state, Context(None, position))
+            return state, y
+
+        tokens = x.swapaxes(0, 1), ctx.positions.T
+        state, y = jax.lax.scan(one, self.init_state(x.shape[0], max_len), tokens)
+        return y.swapaxes(0, 1), state
+
+    @staticmethod
+    def gives(cfg) -> tuple[str, ...]:
+        """Keys of ctx.carry that the mixer sets."""
+        return ()
 
     @classmethod
     def check(cls, cfg, model, path: str) -> None:

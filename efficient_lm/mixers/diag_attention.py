@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from efficient_lm.flops import Flops, dense
 from efficient_lm.layers import Linear, width_multiplier
+from efficient_lm.mixers import cache
 from efficient_lm.mixers.base import MIXERS, Mixer, MixerConfig
 from efficient_lm.mixers.parts import check_heads, split_heads
 from efficient_lm.positions import apply_rope, rope_table
@@ -40,7 +41,7 @@ class DiagAttention(Mixer):
 
     def __init__(self, cfg, model, make):
         d = model.d_model
-        self.cfg, self.width = cfg, d // cfg.n_heads
+        self.cfg, self.width, self.dtype = cfg, d // cfg.n_heads, model.dtype
         # Under muP 1 / K, equal to 1 / sqrt(K) at the base width (2203.03466).
         self.scale = self.width**-0.5 / width_multiplier(model) ** 0.5
         self.q = Linear(make, d, d)
@@ -49,12 +50,16 @@ class DiagAttention(Mixer):
         self.o = Linear(make, d, d)
 
     def __call__(self, x, ctx):
+        return self._parallel(x, ctx)[0], {}
+
+    def _parallel(self, x, ctx):
+        """y [B, T, d], keys and values [B, T, H, D]."""
         q, k, v = self._project(x, ctx.positions)
         # A block is a segment, and a window of its length spares the work on other blocks.
         blocks = jnp.cumsum(ctx.positions % self.cfg.block == 0, axis=1)
         implementation = None if self.cfg.implementation == "auto" else self.cfg.implementation
         options = dict(window=self.cfg.block, segment_ids=blocks, scale=self.scale, implementation=implementation)
-        return self.o(api.attention(q, k, v, **options).reshape(x.shape)), {}
+        return self.o(api.attention(q, k, v, **options).reshape(x.shape)), k, v
 
     def _project(self, x, positions):
         q, k, v = (split_heads(part(x), self.cfg.n_heads) for part in (self.q, self.k, self.v))
@@ -64,16 +69,21 @@ class DiagAttention(Mixer):
         return q, k, v
 
     def init_state(self, batch, max_len):
-        cache = jnp.zeros((batch, min(self.cfg.block, max_len), self.cfg.n_heads, self.width), jnp.float32)
-        return {"k": cache, "v": cache, "position": jnp.zeros(batch, jnp.int32)}
+        keys = jnp.zeros((batch, min(self.cfg.block, max_len), self.cfg.n_heads, self.width), self.dtype)
+        return {"k": keys, "v": keys}
 
-    def step(self, x, state):
-        q, k, v = self._project(x[:, None], state["position"][:, None])
-        slots, here = jnp.arange(state["k"].shape[1]), state["position"][:, None] % self.cfg.block
-        write = (slots == here)[..., None, None]
-        keys, values = jnp.where(write, k, state["k"]), jnp.where(write, v, state["v"])
-        y = api.attention_step(q[:, 0], keys.astype(x.dtype), values.astype(x.dtype), slots <= here, scale=self.scale)
-        return self.o(y.reshape(x.shape)), {"k": keys, "v": values, "position": state["position"] + 1}
+    def prefill(self, x, ctx, max_len):
+        y, k, v = self._parallel(x, ctx)
+        slots = min(self.cfg.block, max_len)
+        return y, {"k": cache.fill(k, slots, self.dtype), "v": cache.fill(v, slots, self.dtype)}
+
+    def step(self, x, state, ctx):
+        position = ctx.positions % self.cfg.block
+        q, k, v = (part[:, 0] for part in self._project(x[:, None], ctx.positions[:, None]))
+        keys, values = cache.write(state["k"], k, position), cache.write(state["v"], v, position)
+        filled = cache.filled(keys, position)
+        y = api.attention_step(q, keys.astype(x.dtype), values.astype(x.dtype), filled, scale=self.scale)
+        return self.o(y.reshape(x.shape)), {"k": keys, "v": values}
 
     @classmethod
     def check(cls, cfg, model, path):
@@ -95,4 +105,4 @@ class DiagAttention(Mixer):
 
     @staticmethod
     def state_bytes(cfg, model, seq_len):
-        return 2 * 4 * min(cfg.block, seq_len) * model.d_model + 4
+        return 2 * min(cfg.block, seq_len) * model.d_model * jnp.dtype(model.dtype).itemsize

@@ -76,7 +76,7 @@ class GSA(Mixer):
             "values": head_state(batch, heads, slots, self.width),
         }
 
-    def step(self, x, state):
+    def step(self, x, state, ctx):
         q, k, v, s, log_f = self._project(x)
         keys = state["keys"] * jnp.exp(log_f)[..., None, :] + wide(k)[..., None] * s[..., None, :]
         p = jax.nn.softmax(jnp.einsum("bhk,bhkm->bhm", wide(q), keys, precision="highest"))

@@ -77,7 +77,11 @@ class HGRN(Mixer):
     def init_state(self, batch, max_len):
         return jnp.zeros((batch, self.f.kernel.shape[1]), jnp.float32)
 
-    def step(self, x, state):
+    def prefill(self, x, ctx, max_len):
+        h, state = api.diagonal_scan(*self._inputs(x), output_final_state=True, implementation=self.cfg.backend)
+        return self._output(h, x), state
+
+    def step(self, x, state, ctx):
         h, state = api.diagonal_scan_step(*self._inputs(x), state)
         return self._output(h, x), state
 

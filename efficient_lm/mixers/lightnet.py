@@ -66,7 +66,7 @@ class LightNet(Mixer):
         heads, width = self.cfg.n_heads, self.width
         return {"memory": head_state(batch, heads, width, width), "z": jnp.full((batch, heads, width), EMPTY)}
 
-    def step(self, x, state):
+    def step(self, x, state, ctx):
         q, k, v = self._project(x)
         z = jnp.logaddexp(state["z"], k)
         o, memory = api.linear_attention_step(q, jnp.exp(k - z), v, state["z"] - z, state["memory"])

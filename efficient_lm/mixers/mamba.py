@@ -75,7 +75,12 @@ class Mamba(Mixer):
         memory = jnp.zeros((batch, self.sizes[0] * self.cfg.d_state), jnp.float32)
         return {"memory": memory, "conv": self.conv.init_state(batch)}
 
-    def step(self, x, state):
+    def prefill(self, x, ctx, max_len):
+        u, conv = self.conv.prefill(self.x(x))
+        h, memory = api.diagonal_scan(*self._inputs(u), output_final_state=True, implementation=self.cfg.backend)
+        return self._output(h, u, x), {"memory": memory, "conv": conv}
+
+    def step(self, x, state, ctx):
         u, conv = self.conv.step(self.x(x), state["conv"])
         h, memory = api.diagonal_scan_step(*self._inputs(u), state["memory"])
         return self._output(h, u, x), {"memory": memory, "conv": conv}

@@ -65,7 +65,7 @@ class MegaEMA(Mixer):
     def init_state(self, batch, max_len):
         return jnp.zeros((batch, self.delta.size), jnp.float32)
 
-    def step(self, x, state):
+    def step(self, x, state, ctx):
         write, log_decay, read = self.discrete()
         h, state = api.diagonal_scan_step(states_input(wide(x), write), log_decay.reshape(-1), state)
         return self._output(states_output(h, read), x), state

@@ -74,11 +74,18 @@ class Recurrent(Mixer):
         o, _ = self.operator(**self.inputs(u, x), segment_ids=ctx.segment_ids, **self.cfg.options())
         return self.output(o, u, x), {}
 
+    def prefill(self, x, ctx, max_len):
+        u, state = self.project(x), {}
+        if self.conv is not None:
+            u, state["conv"] = self.conv.prefill(u)
+        o, state["memory"] = self.operator(**self.inputs(u, x), output_final_state=True, **self.cfg.options())
+        return self.output(o, u, x), state
+
     def init_state(self, batch, max_len):
         state = {"memory": self.memory(batch)}
         return state | ({} if self.conv is None else {"conv": self.conv.init_state(batch)})
 
-    def step(self, x, state):
+    def step(self, x, state, ctx):
         u, new = self.project(x), {}
         if self.conv is not None:
             u, new["conv"] = self.conv.step(u, state["conv"])
@@ -105,6 +112,13 @@ class ShortConv(nnx.Module):
         """[B, T, channels] -> the same."""
         taps = self.taps[...]
         return api.causal_conv1d(x, taps, self._bias(), activation=self.activation, segment_ids=segment_ids)[0]
+
+    def prefill(self, x):
+        """[B, n, channels] -> the same, the state after n tokens."""
+        y, state = api.causal_conv1d(
+            x, self.taps[...], self._bias(), activation=self.activation, output_final_state=True
+        )
+        return y, state.astype(jnp.float32)
 
     def init_state(self, batch):
         size, channels = self.taps.shape

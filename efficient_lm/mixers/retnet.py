@@ -73,13 +73,17 @@ class RetNet(Mixer):
         return self.o(self.norm(o, x) * jax.nn.silu(self.gate(x)))
 
     def init_state(self, batch, max_len):
-        return {"memory": head_state(batch, *self.sizes), "position": jnp.zeros(batch, jnp.int32)}
+        return {"memory": head_state(batch, *self.sizes)}
 
-    def step(self, x, state):
-        position = state["position"]
-        q, k, v = self._project(x, position)
+    def prefill(self, x, ctx, max_len):
+        inputs = *self._project(x, ctx.positions), self._decay()
+        o, memory = api.linear_attention(*inputs, output_final_state=True, **self.cfg.options())
+        return self._output(o, x), {"memory": memory}
+
+    def step(self, x, state, ctx):
+        q, k, v = self._project(x, ctx.positions)
         o, memory = api.linear_attention_step(q, k, v, self._decay(), state["memory"])
-        return self._output(o, x), {"memory": memory, "position": position + 1}
+        return self._output(o, x), {"memory": memory}
 
     @classmethod
     def check(cls, cfg, model, path):
@@ -101,7 +105,7 @@ class RetNet(Mixer):
     @staticmethod
     def state_bytes(cfg, model, seq_len):
         d_k, d_v = cfg.widths(model.d_model)
-        return 4 * d_k * d_v // cfg.n_heads + 4
+        return 4 * d_k * d_v // cfg.n_heads
 
 
 def _matrices(cfg, model) -> int:

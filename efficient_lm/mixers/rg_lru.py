@@ -79,13 +79,18 @@ class RGLRU(Mixer):
 
     def init_state(self, batch, max_len):
         memory = jnp.zeros((batch, self.o.kernel.shape[0]), jnp.float32)
-        return {"memory": memory, "conv": self.conv.init_state(batch), "position": jnp.zeros(batch, jnp.int32)}
+        return {"memory": memory, "conv": self.conv.init_state(batch)}
 
-    def step(self, x, state):
+    def prefill(self, x, ctx, max_len):
+        u, conv = self.conv.prefill(self.x(x))
+        inputs = self._inputs(u, ctx.positions == 0)
+        h, memory = api.diagonal_scan(*inputs, output_final_state=True, implementation=self.cfg.backend)
+        return self._output(h, x), {"memory": memory, "conv": conv}
+
+    def step(self, x, state, ctx):
         u, conv = self.conv.step(self.x(x), state["conv"])
-        values, log_a = self._inputs(u, state["position"] == 0)
-        h, memory = api.diagonal_scan_step(values, log_a, state["memory"])
-        return self._output(h, x), {"memory": memory, "conv": conv, "position": state["position"] + 1}
+        h, memory = api.diagonal_scan_step(*self._inputs(u, ctx.positions == 0), state["memory"])
+        return self._output(h, x), {"memory": memory, "conv": conv}
 
     @classmethod
     def check(cls, cfg, model, path):
@@ -105,7 +110,7 @@ class RGLRU(Mixer):
     @staticmethod
     def state_bytes(cfg, model, seq_len):
         width = cfg.width(model.d_model)
-        return 4 * width + conv_state_bytes(width, cfg.conv_size) + 4
+        return 4 * width + conv_state_bytes(width, cfg.conv_size)
 
 
 def _matrices(cfg, model) -> int:

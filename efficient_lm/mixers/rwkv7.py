@@ -110,7 +110,12 @@ class RWKV7(Mixer):
         memory = head_state(batch, self.cfg.n_heads, self.width, self.width)
         return {"memory": memory, "before": jnp.zeros((batch, d), jnp.float32)}
 
-    def step(self, x, state):
+    def prefill(self, x, ctx, max_len):
+        inputs, bonus, gate = self._project(x, jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0))))
+        y, memory = api.dplr(**inputs, output_final_state=True, **self.cfg.options())
+        return self._output(y, bonus, gate), {"memory": memory, "before": x[:, -1].astype(jnp.float32)}
+
+    def step(self, x, state, ctx):
         inputs, bonus, gate = self._project(x, state["before"].astype(x.dtype))
         y, memory = api.dplr_step(**inputs, state=state["memory"])
         return self._output(y, bonus, gate), {"memory": memory, "before": x.astype(jnp.float32)}

@@ -17,6 +17,7 @@ from efficient_lm.mixers import MIXERS
 from efficient_lm.model import Part
 
 B, T, D = 2, 40, 32
+PREFILL = 23  # tokens; longer than the windows in the variants, and no multiple of anything
 # What is tested is the traced program, not LLVM's optimiser, which would take most of the time.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CASES = {f"{name}": (name, {}) for name in MIXERS} | {
@@ -41,6 +42,8 @@ class Case:
         rng = np.random.default_rng(1)
         self.params = jax.tree.map(lambda p: jnp.asarray(p + 0.1 * rng.normal(size=p.shape), jnp.float32), self.initial)
         self.forward = compiled(self.apply)
+        self.prefill = compiled(self._prefill)
+        self.step = compiled(self._step)
         # (params, x, cotangent of y, part) -> (gradients of both, y)
         self.gradient = compiled(jax.grad(self.weighted_sum, argnums=(0, 1), has_aux=True), static_argnums=3)
 
@@ -51,7 +54,14 @@ class Case:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         mixer = (part or self.part).bind(params)
-        return mixer(x, Context(segment_ids, positions, {}))[0]
+        return mixer(x, Context(segment_ids, positions))[0]
+
+    def _prefill(self, params, x):
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        return self.part.bind(params).prefill(x, Context(None, positions), T)
+
+    def _step(self, params, x, state, position):
+        return self.part.bind(params).step(x, state, Context(None, position))
 
     def weighted_sum(self, params, x, weights, part=None):
         y = self.apply(params, x, part=part)
@@ -104,15 +114,15 @@ def test_rows_of_a_batch_are_independent(name):
 
 
 @all_cases
-def test_step_by_step_equals_parallel(name):
+def test_prefill_and_steps_equal_parallel(name):
+    """Steps from the empty state, and from the state after n tokens in parallel form."""
     c, x = case(name), inputs(4)
-    part = c.part.bind(c.params)
-    step = compiled(lambda params, x, state: c.part.bind(params).step(x, state))
-    state, outputs = part.init_state(B, T), []
-    for t in range(T):
-        y, state = step(c.params, x[:, t], state)
-        outputs.append(y)
-    assert relative(jnp.stack(outputs, 1), c.forward(c.params, x)) < 2e-5
+    for n in (0, PREFILL):
+        outputs, state = c.prefill(c.params, x[:, :n]) if n else (x[:, :0], c.part.bind(c.params).init_state(B, T))
+        for t in range(n, T):
+            y, state = c.step(c.params, x[:, t], state, jnp.full(B, t))
+            outputs = jnp.concatenate([outputs, y[:, None]], 1)
+        assert relative(outputs, c.forward(c.params, x)) < 2e-5
 
 
 @all_cases

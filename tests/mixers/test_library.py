@@ -88,7 +88,7 @@ def test_table(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(MIXERS) + 2
     attention = next(line.split() for line in lines if line.startswith("attention"))
-    # 4 d^2 and the weights of the norms of queries and keys; keys and values of 128 tokens and the position.
-    assert attention[1:4] == ["16,416", "4.01", f"{2 * 4 * 128 * 64 + 4:,}"]
+    # 4 d^2 and the weights of the norms of queries and keys; keys and values of 128 tokens in bfloat16.
+    assert attention[1:4] == ["16,416", "4.01", f"{2 * 2 * 128 * 64:,}"]
     assert __main__.main(["--d-model", "30"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
