@@ -34,10 +34,12 @@ class Block(nnx.Module):
         self.ffn_out_norm = norm() if self.inner_norms and self.ffn is not None else None
 
     def __call__(self, x, ctx):
-        """x, ctx -> x, aux."""
+        """x, ctx -> x, aux; aux["observed"] = {"mixer" or "ffn": what `next_state` of that part needs}."""
         y, aux = self.mixer(self.mixer_norm(x), ctx)
         x, more = self._ffn(self._add(x, y, self.mixer_out_norm), ctx)
-        return x, aux | more
+        observed = {"mixer": aux.pop("observed", {}), "ffn": more.pop("observed", {})}
+        observed = {part: seen for part, seen in observed.items() if seen}
+        return x, aux | more | ({"observed": observed} if observed else {})
 
     def prefill(self, x, ctx, max_len):
         """As the call, without aux: x [B, n, d] -> x, the mixer's state after n tokens."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_lm.blocks import RESIDUALS
+from efficient_lm.ffn import FFNS
 from efficient_lm.layers import Context, Maker, layer_specs, width_multiplier
 from efficient_lm.mixers import MIXERS
 from efficient_lm.norms import NORMS
@@ -91,6 +92,7 @@ class LM:
     def __call__(self, params, tokens, segment_ids=None, positions=None, constrain=lambda x: x):
         """tokens [B, T] -> logits [B, T, vocab_size] float32, aux {name: scalar, mean over layers}.
 
+        aux["observed"], where there is one, is what `next_state` needs; it adds up over micro-batches.
         segment_ids [B, T]: tokens with different ids don't see each other (0 = padding); positions [B, T] default
         to 0..T-1. `constrain` is applied to the residual stream (a sharding constraint).
         """
@@ -103,7 +105,25 @@ class LM:
             return constrain(x), aux
 
         x, aux = self._walk(params, constrain(self._embed(params, tokens)), ctx, visit, remat=self.model.remat)
-        return self._logits(params, x), _mean_over_layers(aux)
+        observed = _take_observed(aux)
+        return self._logits(params, x), _mean_over_layers(aux) | ({"observed": observed} if observed else {})
+
+    def next_state(self, params, observed):
+        """Parameters with the arrays of role 'state' after a step in which `observed` was added up."""
+        for group, blocks in observed.items():
+            for name, parts in blocks.items():
+                for part, seen in parts.items():
+                    update = self._next_state(self.groups[group][name], part)
+                    update = jax.vmap(update) if group == "pattern" else update
+                    block = params[group][name]
+                    block = block | {part: update(block[part], seen)}
+                    params = params | {group: params[group] | {name: block}}
+        return params
+
+    def _next_state(self, layer, part):
+        mixer, ffn = layer_specs(self.model)[layer]
+        registry, cfg = (MIXERS, self.model.mixers[mixer]) if part == "mixer" else (FFNS, self.model.ffns[ffn])
+        return functools.partial(registry[cfg.kind].next_state, cfg)
 
     def _walk(self, params, x, ctx, visit, state=None, remat="none"):
         """visit(block, x, ctx, block's state) -> x, out for every block in turn.
@@ -241,6 +261,16 @@ def scan_start(model) -> int:
     given = {key for cfg in mixers[:start] for key in MIXERS[cfg.kind].gives(cfg)}
     new = {key for cfg in mixers[start:] for key in MIXERS[cfg.kind].gives(cfg)} - given
     return min(start + period, model.n_layers) if new else start
+
+
+def _take_observed(outs):
+    """{group: {block: aux["observed"]}} of the blocks that have one, which is taken out of their aux."""
+    observed = {}
+    for group, blocks in outs.items():
+        for name, aux in blocks.items():
+            if "observed" in aux:
+                observed.setdefault(group, {})[name] = aux.pop("observed")
+    return observed
 
 
 def _mean_over_layers(outs):

@@ -47,16 +47,17 @@ def make_init(lm: LM, cfg: Config, optimizer):
 
 
 def make_loss(lm: LM, cfg: Config, constrain):
-    """loss(params, batch [B, T], weight): this batch's share of the objective, and what to log, both sums.
+    """loss(params, batch [B, T], weight): this batch's share of the objective, (what to log, what the model observed).
 
     `weight` is the sum of loss_mask over the whole step, so that adding up micro-batches gives the mean over all
-    tokens of the step, however they are divided.
+    tokens of the step, however they are divided. What was observed (LM.next_state) adds up as it is.
     """
     z_loss = cfg.train.z_loss
 
     def loss(params, batch, weight):
         mask = batch["loss_mask"]
         logits, aux = lm(params, batch["inputs"], batch.get("segment_ids"), batch.get("positions"), constrain)
+        observed = aux.pop("observed", {})
         log_z = jax.nn.logsumexp(logits, axis=-1)
         # A masked sum instead of a gather: its gradient is no scatter, which is slow on every backend.
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
@@ -67,7 +68,7 @@ def make_loss(lm: LM, cfg: Config, constrain):
         if z_loss:
             logged["z_loss"] = jnp.sum(jnp.square(log_z) * mask) / weight
             total += z_loss * logged["z_loss"]
-        return total, logged
+        return total, (logged, observed)
 
     return loss
 
@@ -81,7 +82,7 @@ def make_train_step(lm: LM, cfg: Config, optimizer, constrain=lambda x: x):
         weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
         micro_batch = jax.tree.map(lambda x: x[0], batch)
         if cfg.train.grad_accum == 1:
-            grads, logged = grad(params, micro_batch, weight)
+            grads, (logged, observed) = grad(params, micro_batch, weight)
         else:
             shapes = jax.eval_shape(grad, params, micro_batch, weight)
             sums = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
@@ -89,10 +90,10 @@ def make_train_step(lm: LM, cfg: Config, optimizer, constrain=lambda x: x):
             def add(sums, micro_batch):
                 return jax.tree.map(jnp.add, sums, grad(params, micro_batch, weight)), None
 
-            (grads, logged), _ = jax.lax.scan(add, sums, batch)
+            (grads, (logged, observed)), _ = jax.lax.scan(add, sums, batch)
         logged |= {"grad_norm": optax.global_norm(grads), "lr": lr}
         updates, opt_state = optimizer.update(grads, state["opt_state"], params, learning_rate=lr)
-        params = optax.apply_updates(params, updates)
+        params = lm.next_state(optax.apply_updates(params, updates), observed)
         ema = _average(state["ema"], params, state["step"], cfg.train.ema) if cfg.train.ema else {}
         return {"params": params, "opt_state": opt_state, "ema": ema, "step": state["step"] + 1}, logged
 

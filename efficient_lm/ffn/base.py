@@ -31,6 +31,14 @@ class FFN(nnx.Module):
         """x [B, T, d] -> y [B, T, d], aux {name: scalar}."""
         raise NotImplementedError
 
+    @staticmethod
+    def next_state(cfg, params, observed):
+        """This part's parameters after a step, with new values for those of role 'state'.
+
+        Only called when __call__ put "observed" into aux: a dict of arrays that add up over micro-batches.
+        """
+        raise NotImplementedError
+
     @classmethod
     def check(cls, cfg, model, path: str) -> None:
         """Raise ConfigError where `cfg` can't be used in `model`."""

@@ -79,6 +79,14 @@ class Mixer(nnx.Module):
         """Keys of ctx.carry that the mixer sets."""
         return ()
 
+    @staticmethod
+    def next_state(cfg, params, observed):
+        """This part's parameters after a step, with new values for those of role 'state'.
+
+        Only called when __call__ put "observed" into aux: a dict of arrays that add up over micro-batches.
+        """
+        raise NotImplementedError
+
     @classmethod
     def check(cls, cfg, model, path: str) -> None:
         """Raise ConfigError where `cfg` can't be used in `model`; `path` leads the message."""

@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_means_over_counted_tokens(small, batch):
     cfg = small()
     lm, _, state = initial(cfg)
     weight = batch["loss_mask"].sum()
-    value, logged = jax.jit(make_loss(lm, cfg, lambda x: x))(state["params"], batch, weight)
+    value, (logged, _) = jax.jit(make_loss(lm, cfg, lambda x: x))(state["params"], batch, weight)
     logits = np.asarray(lm(state["params"], batch["inputs"], batch["segment_ids"], batch["positions"])[0], np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nll = -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
@@ -78,7 +78,7 @@ def test_z_loss_adds_the_mean_squared_logsumexp(small, batch):
     cfg = small(**{"train.z_loss": 0.1})
     lm, _, state = initial(cfg)
     weight = batch["loss_mask"].sum()
-    value, logged = jax.jit(make_loss(lm, cfg, lambda x: x))(state["params"], batch, weight)
+    value, (logged, _) = jax.jit(make_loss(lm, cfg, lambda x: x))(state["params"], batch, weight)
     logits = np.asarray(lm(state["params"], batch["inputs"], batch["segment_ids"], batch["positions"])[0], np.float64)
     z = (np.log(np.exp(logits).sum(-1)) ** 2 * batch["loss_mask"]).sum() / weight
     np.testing.assert_allclose(value, logged["loss"] + 0.1 * z, rtol=1e-6)
@@ -129,6 +129,6 @@ def test_aux_losses_are_trained_on_and_other_statistics_only_logged(small, batch
         return logits, {"balance_loss": jnp.float32(0.25), "entropy": jnp.float32(3.0)}
 
     weight = batch["loss_mask"].sum()
-    value, logged = make_loss(with_aux, cfg, lambda x: x)(state["params"], batch, weight)
+    value, (logged, _) = make_loss(with_aux, cfg, lambda x: x)(state["params"], batch, weight)
     np.testing.assert_allclose(value, logged["loss"] + 0.25, rtol=1e-6)
     assert logged["entropy"] == 3.0 and logged["balance_loss"] == 0.25
