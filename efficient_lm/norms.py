@@ -10,6 +10,22 @@ from efficient_lm.registry import Registry
 NORMS = Registry("norm")
 
 
+@NORMS.register("srmsnorm")
+class SimpleRMSNorm(nnx.Module):
+    """x / sqrt(mean x^2 + eps) over the last axis, without weights (2307.14995)."""
+
+    def __init__(self, make, width: int, eps: float = 1e-6):
+        self.eps = eps
+
+    @staticmethod
+    def param_count(width: int) -> int:
+        return 0
+
+    def __call__(self, x):
+        y = wide(x)
+        return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)).astype(x.dtype)
+
+
 @NORMS.register("rmsnorm")
 class RMSNorm(nnx.Module):
     """x / sqrt(mean x^2 + eps) * w over the last axis (1910.07467)."""

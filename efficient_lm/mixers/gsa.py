@@ -53,12 +53,17 @@ class GSA(Mixer):
         self.o = Linear(make, d, d)
 
     def __call__(self, x, ctx):
+        return self._forward(x, ctx.segment_ids)[0], {}
+
+    def _forward(self, x, segment_ids=None, **options):
+        """y and the state after the last token."""
         q, k, v, s, log_f = self._project(x)
         chunk = 1 if self.cfg.implementation == "reference" else CHUNK
-        p = jax.nn.softmax(slot_scores(q, k, s, log_f, ctx.segment_ids, chunk))
-        options = self.cfg.options() | {"scale": 1.0, "segment_ids": ctx.segment_ids}
-        o, _ = api.linear_attention(p.astype(v.dtype), s.astype(v.dtype), v, log_f, **options)
-        return self._output(o, x), {}
+        scores, keys = slot_scores(q, k, s, log_f, segment_ids, chunk)
+        p = jax.nn.softmax(scores)
+        options |= self.cfg.options() | {"scale": 1.0, "segment_ids": segment_ids}
+        o, values = api.linear_attention(p.astype(v.dtype), s.astype(v.dtype), v, log_f, **options)
+        return self._output(o, x), {"keys": keys, "values": values}
 
     def _project(self, x):
         """q, k, v [..., H, K] and 1 - f, log f [..., H, M] in float32."""
@@ -75,6 +80,9 @@ class GSA(Mixer):
             "keys": head_state(batch, heads, self.width, slots),
             "values": head_state(batch, heads, slots, self.width),
         }
+
+    def prefill(self, x, ctx, max_len):
+        return self._forward(x, output_final_state=True)
 
     def step(self, x, state, ctx):
         q, k, v, s, log_f = self._project(x)
@@ -106,10 +114,10 @@ class GSA(Mixer):
 
 
 def slot_scores(q, k, s, log_f, segment_ids=None, chunk=CHUNK):
-    """K_t^T q_t of K_t = K_{t-1} diag(exp(log_f_t)) + k_t s_t^T, in float32.
+    """K_t^T q_t of K_t = K_{t-1} diag(exp(log_f_t)) + k_t s_t^T, and the last K, in float32.
 
-    q, k [B, T, H, K]; s, log_f [B, T, H, M], log_f <= 0 -> [B, T, H, M]. Chunks one after the other, recomputed in the
-    backward pass; the decays between the tokens of a chunk are explicit, so that no exponent is positive.
+    q, k [B, T, H, K]; s, log_f [B, T, H, M], log_f <= 0 -> [B, T, H, M], [B, H, K, M]. Chunks one after the other,
+    recomputed in the backward pass; decays between the tokens of a chunk are explicit, so that no exponent is positive.
     """
     (batch, length, heads, slots), width = s.shape, q.shape[-1]
     document = jnp.zeros((batch, length), jnp.int32)
@@ -134,7 +142,8 @@ def slot_scores(q, k, s, log_f, segment_ids=None, chunk=CHUNK):
 
     start = jnp.zeros((batch, heads, width, slots), s.dtype), document[:, 0]
     inputs = *(in_chunks(a, chunk) for a in (q, k, s, log_f)), in_chunks(document, chunk, "edge")
-    return from_chunks(jax.lax.scan(one, start, inputs)[1], length)
+    (memory, _), scores = jax.lax.scan(one, start, inputs)
+    return from_chunks(scores, length), memory
 
 
 def _matrices(cfg, model) -> int:

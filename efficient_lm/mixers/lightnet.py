@@ -49,11 +49,15 @@ class LightNet(Mixer):
         self.o = Linear(make, d, d)
 
     def __call__(self, x, ctx):
+        return self._forward(x, ctx.segment_ids)[0], {}
+
+    def _forward(self, x, segment_ids=None, **options):
+        """y and the state after the last token."""
         q, k, v = self._project(x)
-        weights, log_decay = prefix_softmax(k, ctx.segment_ids)
-        options = self.cfg.options() | {"segment_ids": ctx.segment_ids}
-        o, _ = api.linear_attention(q, weights.astype(v.dtype), v, log_decay, **options)
-        return self._output(o, x), {}
+        weights, log_decay, z = prefix_softmax(k, segment_ids)
+        options |= self.cfg.options() | {"segment_ids": segment_ids}
+        o, memory = api.linear_attention(q, weights.astype(v.dtype), v, log_decay, **options)
+        return self._output(o, x), {"memory": memory, "z": z[:, -1]}
 
     def _project(self, x):
         q, k, v = (split_heads(part(x), self.cfg.n_heads) for part in (self.q, self.k, self.v))
@@ -65,6 +69,9 @@ class LightNet(Mixer):
     def init_state(self, batch, max_len):
         heads, width = self.cfg.n_heads, self.width
         return {"memory": head_state(batch, heads, width, width), "z": jnp.full((batch, heads, width), EMPTY)}
+
+    def prefill(self, x, ctx, max_len):
+        return self._forward(x, output_final_state=True)
 
     def step(self, x, state, ctx):
         q, k, v = self._project(x)
@@ -92,7 +99,7 @@ class LightNet(Mixer):
 
 
 def prefix_softmax(k, segment_ids=None):
-    """Weights e^{k_t - z_t} of the tokens and log decays z_{t-1} - z_t of what came before, both like k [B, T, H, K].
+    """Weights e^{k_t - z_t} of the tokens, log decays z_{t-1} - z_t of what came before, and z, like k [B, T, H, K].
 
     z_t = logsumexp of k over the tokens of the segment up to t.
     """
@@ -107,7 +114,7 @@ def prefix_softmax(k, segment_ids=None):
 
     _, z = jax.lax.associative_scan(join, (start, k), axis=1)
     before = jnp.concatenate([z[:, :1], z[:, :-1]], 1)
-    return jnp.exp(k - z), jnp.where(start, 0.0, before - z)
+    return jnp.exp(k - z), jnp.where(start, 0.0, before - z), z
 
 
 def _matrices(cfg, model) -> int:

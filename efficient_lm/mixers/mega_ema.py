@@ -48,9 +48,13 @@ class MegaEMA(Mixer):
         self.candidate = Linear(make, d, d, bias=True)
 
     def __call__(self, x, ctx):
+        return self._forward(x, ctx.segment_ids)[0], {}
+
+    def _forward(self, x, segment_ids=None):
+        """y and the state after the last token."""
         options = {"chunk_size": self.cfg.chunk_size, "implementation": self.cfg.backend}
-        y = states_readout(wide(x), *self.discrete(), segment_ids=ctx.segment_ids, **options)
-        return self._output(y, x), {}
+        y, state = states_readout(wide(x), *self.discrete(), segment_ids=segment_ids, **options)
+        return self._output(y, x), state
 
     def discrete(self):
         """p beta, log(1 - p sigmoid(alpha)) and gamma / sqrt(N) [d, N]."""
@@ -64,6 +68,9 @@ class MegaEMA(Mixer):
 
     def init_state(self, batch, max_len):
         return jnp.zeros((batch, self.delta.size), jnp.float32)
+
+    def prefill(self, x, ctx, max_len):
+        return self._forward(x)
 
     def step(self, x, state, ctx):
         write, log_decay, read = self.discrete()

@@ -11,7 +11,7 @@ from efficient_lm.flops import Flops
 from efficient_lm.layers import Linear, wide
 from efficient_lm.mixers.attention import divisors
 from efficient_lm.mixers.base import Mixer, MixerConfig
-from efficient_lm.norms import RMSNorm
+from efficient_lm.norms import RMSNorm, SimpleRMSNorm
 from efficient_lm.schema import ConfigError, setting
 from pallas_kernels import api
 from pallas_kernels.flops import causal_conv1d_flops
@@ -145,18 +145,10 @@ class HeadNorm(nnx.Module):
     """
 
     def __init__(self, make, width: int, eps: float, *, affine=True):
-        self.norm = RMSNorm(make, width, eps) if affine else None
-        self.eps = eps
+        self.norm = (RMSNorm if affine else SimpleRMSNorm)(make, width, eps)
 
     def __call__(self, o, like):
-        o = rms(o, self.eps) if self.norm is None else self.norm(o)
-        return o.reshape(*o.shape[:-2], -1).astype(like.dtype)
-
-
-def rms(x, eps):
-    """x / sqrt(mean x^2 + eps) over the last axis, in float32 or wider."""
-    y = wide(x)
-    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+        return self.norm(o).reshape(*o.shape[:-2], -1).astype(like.dtype)
 
 
 class LowRank(nnx.Module):

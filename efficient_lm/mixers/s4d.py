@@ -45,9 +45,13 @@ class S4D(Mixer):
         self.gate = Linear(make, d, d)
 
     def __call__(self, x, ctx):
+        return self._forward(x, ctx.segment_ids)[0], {}
+
+    def _forward(self, x, segment_ids=None):
+        """y and the state after the last token."""
         options = {"chunk_size": self.cfg.chunk_size, "implementation": self.cfg.backend}
-        y = states_readout(wide(x), *self.discrete(), segment_ids=ctx.segment_ids, **options)
-        return self._output(y, x), {}
+        y, state = states_readout(wide(x), *self.discrete(), segment_ids=segment_ids, **options)
+        return self._output(y, x), state
 
     def discrete(self):
         """B, log A and 2 C of the recurrence in discrete time, [d, modes] complex."""
@@ -62,6 +66,9 @@ class S4D(Mixer):
 
     def init_state(self, batch, max_len):
         return jnp.zeros((batch, self.a_re.size), jnp.complex64)
+
+    def prefill(self, x, ctx, max_len):
+        return self._forward(x)
 
     def step(self, x, state, ctx):
         write, log_decay, read = self.discrete()

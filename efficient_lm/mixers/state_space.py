@@ -10,12 +10,14 @@ from pallas_kernels import api
 def states_readout(x, write, log_decay, read, *, segment_ids=None, chunk_size=32, implementation=None):
     """y_t = sum_n read_n h_tn of h_tn = exp(log_decay_n) h_(t-1)n + write_n x_t, in every channel.
 
-    x [B, T, D] real; write, log_decay, read [D, N], real or complex -> y [B, T, D]. The states of all tokens would be N
-    times the activations: tokens are taken in chunks, one after the other, recomputed in the backward pass.
+    x [B, T, D] real; write, log_decay, read [D, N], real or complex -> y [B, T, D], the last h [B, D N]. The states of
+    all tokens would be N times the activations: tokens are taken in chunks, recomputed in the backward pass.
     """
     batch, length, _ = x.shape
     chunk = min(chunk_size, length)
+    pad = -length % chunk  # in front, where zeros leave the state at zero
     ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+    x, ids = jnp.pad(x, ((0, 0), (pad, 0), (0, 0))), jnp.pad(ids, ((0, 0), (pad, 0)), mode="edge")
 
     @jax.checkpoint
     def one(carry, inputs):
@@ -32,8 +34,8 @@ def states_readout(x, write, log_decay, read, *, segment_ids=None, chunk_size=32
         return (state, ids[:, -1]), states_output(h, read)
 
     start = jnp.zeros((batch, write.size), jnp.result_type(x, write)), ids[:, 0]
-    _, y = jax.lax.scan(one, start, (in_chunks(x, chunk), in_chunks(ids, chunk, "edge")))
-    return from_chunks(y, length)
+    (state, _), y = jax.lax.scan(one, start, (in_chunks(x, chunk), in_chunks(ids, chunk)))
+    return from_chunks(y, pad + length)[:, pad:], state
 
 
 def states_input(x, write):
