@@ -28,13 +28,11 @@ def compare_architectures(table: Table, base: str, variants: list[str], axis="ar
         raise DataError(f"column {axis!r} (--axis) is missing in {table.source}")
     groups = table.groups(axis)
     frontiers: dict[str, Frontier] = {}
-    for i, name in enumerate([base, *variants]):
+    for name in [base, *variants]:
         if name not in groups or groups[name].rows.empty:
             names = ", ".join(key for key, part in groups.items() if len(part.rows))
             raise DataError(f"{axis} {name!r} has no finished run in {table.source}; it has {names}")
-        # each architecture has its own draws: the noise of its runs is independent
-        seeded = Options(**{**vars(options), "seed": options.seed + 1000 * i})
-        frontiers[name] = frontier_points(groups[name].rows, name, seeded)
+        frontiers[name] = frontier_points(groups[name].rows, name, options)
     return frontiers, [compare(frontiers[base], frontiers[name], options.level) for name in variants]
 
 

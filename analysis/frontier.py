@@ -6,6 +6,7 @@ floor E for all of them: a law without a floor is too straight, and inverting it
 trends. Every draw of the parabolas gives a draw of the law.
 """
 
+import zlib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -68,6 +69,8 @@ def frontier_points(frame, name: str, options: Options | None = None) -> Frontie
     Raises ValueError where fewer than two budgets have a parabola.
     """
     options = options or Options()
+    # Two architectures must not share their draws, whatever the seed: their noise is independent.
+    options = replace(options, seed=options.seed + (zlib.crc32(name.encode()) << 32))
     found = profiles(frame, "N", options)
     usable = [p for p in found if p.coefficients is not None]
     notes = [f"{name}, C {p.C:.3g}: left out of the frontier, {p.refused}" for p in found if p.coefficients is None]

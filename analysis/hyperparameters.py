@@ -63,7 +63,7 @@ def _spread(rows: list[dict]) -> list[str]:
     """A line for each exponent that the threshold moves by more than half of its narrowest interval."""
     notes = []
     good = [row["params"] for row in rows if not row["refused"]]
-    for name in (good[0] if good else {}):
+    for name in good[0] if good else {}:
         values = [params[name]["value"] for params in good]
         half = min((p[name]["hi"] - p[name]["lo"]) / 2 for p in good) if good[0][name]["lo"] is not None else 0.0
         if name != "k" and max(values) - min(values) > half:

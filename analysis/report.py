@@ -50,11 +50,10 @@ def build(
     base = base or next(iter(groups))
     frontiers: dict[str, Frontier] = {}
     sections = []
-    for i, (name, part) in enumerate(groups.items()):
-        seeded = Options(**{**vars(options), "seed": options.seed + 1000 * i})
-        section = {"name": name, **_fits(part, seeded)}
+    for name, part in groups.items():
+        section = {"name": name, **_fits(part, options)}
         try:
-            frontiers[name] = frontier_points(part.rows, name, seeded)
+            frontiers[name] = frontier_points(part.rows, name, options)
         except ValueError as err:
             section["frontier_reason"] = str(err)
         else:

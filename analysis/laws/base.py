@@ -118,7 +118,7 @@ class Law:
       residual: scale on which residuals are taken and noise is assumed: 'log', 'log10' or 'linear'.
       delta: Huber threshold on that scale; None means squared error.
       centre: `(coefficient, exponent, variable)` for each term `coefficient * variable^-exponent` with a 'log'
-        coefficient: the search runs on the term's value at the centroid, which decorrelates the pair (laws 2.3).
+        coefficient: the search runs on the term's value at the centroid, which decorrelates the pair.
       basis, linear: for variable projection: `basis(p, x)` lists the functions [n] that the parameters named in
         `linear` multiply, given the others; those must be >= 0 unless `signed`.
       held: parameters that a fit holds at these values unless told otherwise (weakly identified ones).

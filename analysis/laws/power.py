@@ -1,7 +1,7 @@
-"""Loss against compute alone, with a floor: L(C) = E + k C^-gamma (laws 1.4).
+"""Loss against compute alone, with a floor: L(C) = E + k C^-gamma.
 
-Without the floor (law `power0`) this is L(C) = k C^-gamma, the form
-that arXiv:2406.16690, 2507.17702 and 2510.26692 use to compare architectures.
+Without the floor (law `power0`) this is L(C) = k C^-gamma, the form that arXiv:2406.16690, 2507.17702 and 2510.26692
+use to compare architectures.
 """
 
 import numpy as np
@@ -20,10 +20,16 @@ def predict0(p, x, xp=np):
     return p["k"] * xp.exp(-p["gamma"] * xp.log(x["C"]))
 
 
+def compute_for(p, loss):
+    """Compute (FLOP) at which either law reaches a loss (scalars or draws); NaN at or below the floor."""
+    reducible = np.asarray(loss, float) - p.get("E", 0.0)
+    with np.errstate(over="ignore"):
+        return (p["k"] / np.where(reducible > 0, reducible, np.nan)) ** (1 / p["gamma"])
+
+
 def equal_loss_compute(base, variant, C):
     """Compute (FLOP) that `base` needs for the loss of `variant` at C, both k and gamma of the law without a floor."""
-    loss = predict0(variant, {"C": np.asarray(C, float)})
-    return (base["k"] / loss) ** (1 / base["gamma"])
+    return compute_for(base, predict0(variant, {"C": np.asarray(C, float)}))
 
 
 EXPONENT = Parameter("gamma", (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), "linear", 0.002, 3.0, "exponent of compute")

@@ -1,4 +1,4 @@
-"""Do intervals hold what they say? Simulated sweeps, nominal 90 %: coverage must be 85 to 95 %."""
+"""Do intervals hold what they say? Simulated sweeps, nominal 90 %, against coverage measured with many simulations."""
 
 import numpy as np
 import pandas as pd
@@ -9,40 +9,25 @@ from analysis import uncertainty
 from analysis.fit import fit_law, summary
 from analysis.isoflop import fit_isoflop
 from analysis.laws import get_law
-from analysis.load import Table
 from analysis.result import Options
-from analysis.search import Optimum, problem, search
+from analysis.search import problem, search
+from tests.analysis.coverage import TRUTH, as_table, coverage, sweep
 
-TRUTH = dict(E=1.7, A=400.0, B=900.0, alpha=0.34, beta=0.32)
-
-
-def sweep(rng, noise, sizes=7, budgets=(1e18, 3e18, 1e19, 3e19)):
-    """An IsoFLOP sweep, sizes within a factor 4 of the optimum, with seed noise in the loss (relative)."""
-    law, rows = get_law("chinchilla"), []
-    for C in budgets:
-        best = law.optimum(TRUTH, C)["N"] * np.exp(0.3 * rng.standard_normal())
-        for N in best * np.geomspace(1 / 4, 4, sizes):
-            D = C / (6 * N)
-            loss = law.evaluate(TRUTH, N=N, D=D) * np.exp(noise * rng.standard_normal())
-            rows.append({"N": N, "D": D, "C": C, "loss": loss})
-    return pd.DataFrame(rows)
+# Shares of 1500 simulations (hold-out: 450), `python -m tests.analysis.coverage`. All lie within 85 to 95 %.
+MEASURED = {
+    "bootstrap alpha": 0.916, "bootstrap a": 0.912, "bootstrap L*": 0.915, "profile alpha": 0.877,
+    "isoflop a": 0.902, "isoflop a weighted": 0.883, "hold-out runs": 0.880,
+    "gain 1.3": 0.938, "constant gain 1.3": 0.893, "gain 1": 0.935, "constant gain 1": 0.893,
+}  # fmt: skip
 
 
-def as_table(frame):
-    return Table(frame, frame.iloc[:0].assign(reason=[]), "simulated")
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_isoflop_exponent_covers(weighted):
-    truth = TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"])
-    rng, inside, error = np.random.default_rng(0), [], []
-    for seed in range(150):
-        options = Options(bootstrap=300, level=0.9, seed=seed, holdout=False, weighted=weighted)
-        a = fit_isoflop(as_table(sweep(rng, 1.5e-3)), options).params["a_N"]
-        inside.append(a["lo"] <= truth <= a["hi"])
-        error.append(a["value"] - truth)
-    assert 0.85 <= np.mean(inside) <= 0.95
-    assert abs(np.mean(error)) < 0.2 * np.std(error) + 0.005  # the parabola's own bias is small here
+@pytest.mark.parametrize(
+    ("name", "simulations"), [("parametric", 120), ("isoflop", 150), ("holdout", 30), ("gain", 100)]
+)
+def test_coverage_is_that_of_many_simulations(name, simulations):
+    """Within three standard errors: a bug that makes intervals 20 % too narrow or too wide is seen, luck is not."""
+    for key, share in coverage(name, simulations).items():
+        assert share == pytest.approx(MEASURED[key], abs=3 * np.sqrt(0.9 * 0.1 / simulations)), key
 
 
 def test_weights_follow_the_noise_of_each_budget():
@@ -60,29 +45,6 @@ def test_weights_follow_the_noise_of_each_budget():
     assert spread[True] < 0.7 * spread[False]
     with pytest.raises(ValueError, match="weights 1/sigma.2 need at least 100 draws"):
         fit_isoflop(as_table(sweep(rng, 1e-3)), Options(bootstrap=0, weighted=True))
-
-
-def test_parametric_intervals_cover():
-    """Bootstrap of alpha and of a, profile likelihood of alpha, 80 points; the sampling error of coverage is 2 %."""
-    law, rng = get_law("chinchilla"), np.random.default_rng(7)
-    hits = {"bootstrap alpha": [], "bootstrap a": [], "profile alpha": []}
-    for seed in range(200):
-        N, D = np.exp(rng.uniform(np.log(1e7), np.log(1e10), 80)), np.exp(rng.uniform(np.log(1e9), np.log(1e12), 80))
-        loss = law.evaluate(TRUTH, N=N, D=D) * np.exp(5e-3 * rng.standard_normal(80))
-        prob = problem(law, {"N": N, "D": D, "loss": loss})
-        start = prob.from_params(TRUTH)
-        found = prob.minimize(start[None], np.ones(80), near=start, ftol=1e-14, lanes=8)
-        params = {name: float(value) for name, value in prob.params(found.z[0]).items()}
-        best = Optimum(found.z[0], params, float(found.f[0]), "converged", 1, 1.0, None)
-        statistic = uncertainty.profile_statistic(prob, best, "alpha", TRUTH["alpha"])
-        hits["profile alpha"].append(statistic < chi2.ppf(0.9, 1))
-        draws = uncertainty.bootstrap(prob, best, 96, seed=seed)
-        draws["a"] = law.derived(draws)["a"]
-        for name, truth in (("alpha", TRUTH["alpha"]), ("a", law.derived(TRUTH)["a"])):
-            lo, hi = np.quantile(draws[name], [0.05, 0.95])
-            hits[f"bootstrap {name}"].append(lo <= truth <= hi)
-    coverage = {name: np.mean(values) for name, values in hits.items()}
-    assert all(0.85 <= value <= 0.95 for value in coverage.values()), coverage
 
 
 @pytest.mark.quick

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import cli, fit, search
+from analysis import cli, fit, search, uncertainty
 from analysis.fit import fit_law
 from analysis.laws import all_laws, get_law
 from analysis.load import load_table
@@ -79,7 +79,12 @@ def test_published_optimum_of_240_points(chinchilla_240):
     ):  # fmt: skip
         entry = {**result.params, **result.derived}[name]
         assert [entry["lo"], entry["hi"]] == pytest.approx([lo, hi], abs=0.08 * (hi - lo)), name
-    errors = {name: result.draws[name].std() for name in ("E", "A", "B", "alpha", "beta")}
+    # B has a heavy tail: over seeds, its error from 4000 draws is 1.00 to 1.11 times the published one
+    prob = search.problem(get_law("chinchilla"), chinchilla_240.rows)
+    z = prob.from_params(result.values)
+    optimum = search.Optimum(z, result.values, result.objective, "converged", 1, 1.0, None)
+    draws = uncertainty.bootstrap(prob, optimum, 20000, seed=1)
+    errors = {name: draws[name].std() for name in ("E", "A", "B", "alpha", "beta")}
     targets = {"E": 0.0257, "A": 124.5, "B": 1293, "alpha": 0.0154, "beta": 0.0206}
     assert errors == pytest.approx(targets, rel=0.08)
     assert np.quantile(result.draws["a"], [0.1, 0.9]) == pytest.approx([0.491, 0.543], abs=0.08 * 0.052)

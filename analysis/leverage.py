@@ -1,0 +1,150 @@
+"""Efficiency leverage: how much more compute a dense model needs for the loss of a sparse one, arXiv:2507.17702.
+
+    python -m analysis.leverage --dense runs/NAME --dense-where "arch == 'dense'" \\
+        --variant runs/NAME --variant-where "arch == 'moe'" --columns "A=active/total,G=2*d_model/d_expert" --out el.csv
+    python -m analysis.leverage --at A=0.031,G=12,C=1e22             # from the published law
+    python -m analysis.leverage --wanted 7 --at G=12,C=1e22          # the activation ratio for a leverage of 7
+
+From runs: a power law L = k C^-gamma goes through the best dense run of each budget, and is inverted at the loss of
+each sparse run: EL = C_dense / C. A loss outside those of the dense runs is marked as extrapolated. The table that is
+written can be fitted: `python -m analysis.fit --law leverage --data el.csv`.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+import pandas as pd
+
+from analysis import cli
+from analysis.fit import fit_law
+from analysis.isoflop import best_of_budgets
+from analysis.laws import efficiency_leverage, get_law
+from analysis.laws.power import compute_for
+from analysis.load import DataError, Table, load_table
+from analysis.result import Options, interval
+from analysis.tables import number, with_interval
+
+
+def leverage(dense: Table, variant: Table, law: str = "power0", by=("A", "G"), options: Options | None = None) -> list:
+    """The leverage of the best run of each budget of `variant` (one per value of the columns `by` that it has).
+
+    Both tables need C and loss. `law` is the dense frontier: power0 as in the paper, or power with a floor.
+
+    Returns:
+      Rows `{"row", the columns `by`, "C", "loss", "EL": {"value", "lo", "hi"}, "extrapolated"}`. Intervals hold the
+      uncertainty of the dense law, and the noise of the sparse run taken as that of the dense runs about their law.
+
+    Raises:
+      DataError, or ValueError where the dense runs do not determine the law.
+    """
+    options = options or Options()
+    dense = best_of_budgets(dense)
+    fit = fit_law(law, dense, options)
+    if fit.refused:
+        raise ValueError(f"the dense runs do not give a law of compute: {fit.refused}")
+    noise = fit.quality["rmse_log"] * np.sqrt(fit.n / (fit.n - fit.quality["free_parameters"]))
+    by = [name for name in by if name in variant.rows]
+    groups = [part for _, part in variant.rows.groupby(by, sort=False)] if by else [variant.rows]
+    rng, out = np.random.default_rng(options.seed), []
+    for part in groups:
+        runs = best_of_budgets(variant.take(variant.rows.index.isin(part.index))).rows
+        for label, run in runs.sort_values("C").iterrows():
+            drawn = run["loss"] * np.exp(noise * rng.standard_normal(len(fit.draws["k"]))) if fit.draws else None
+            draws = None if drawn is None else compute_for(fit.draws, drawn) / run["C"]
+            inside = dense.rows["loss"].min() <= run["loss"] <= dense.rows["loss"].max()
+            out.append({
+                "row": str(label), **{name: float(run[name]) for name in by}, "C": float(run["C"]),
+                "loss": float(run["loss"]), "EL": interval(compute_for(fit.values, run["loss"]) / run["C"], draws,
+                options.level), "extrapolated": not inside,
+            })  # fmt: skip
+    return out
+
+
+def frame(rows: list[dict]) -> pd.DataFrame:
+    """`leverage` as a table with columns EL, EL_lo, EL_hi."""
+    flat = [{**row, "EL": row["EL"]["value"], "EL_lo": row["EL"]["lo"], "EL_hi": row["EL"]["hi"]} for row in rows]
+    return pd.DataFrame(flat)
+
+
+def text_table(rows: list[dict]) -> str:
+    names = [name for name in ("A", "G") if name in rows[0]]
+    lines = [f"{'run':<16} {' '.join(f'{name:>8}' for name in names)} {'C':>10} {'loss':>7}  leverage"]
+    for row in rows:
+        values = " ".join(f"{number(row[name]):>8}" for name in names)
+        note = "   extrapolated: outside the losses of the dense runs" if row["extrapolated"] else ""
+        lines.append(
+            f"{row['row'][:16]:<16} {values} {number(row['C']):>10} {row['loss']:>7.4f}  "
+            f"{with_interval(row['EL'])}{note}"
+        )
+    return "\n".join(lines)
+
+
+def published(at: dict[str, float], wanted: float | None) -> str:
+    """What the published joint law says at A, G, C, or which A (given G) or G (given A) reaches a wanted leverage."""
+    law = get_law("leverage")
+    p, names = law.constants["ling"].values, {variable.name for variable in law.variables}
+    need = names if wanted is None else {"C"}
+    if not need <= set(at) or not set(at) <= names or (wanted is not None and len(at) != 2):
+        kind = "A, G and C" if wanted is None else "C and one of A and G"
+        raise ValueError(
+            f"--at {','.join(at)}: give {kind}, e.g. --at {'A=0.031,' if wanted is None else ''}G=12,C=1e22"
+        )
+    for variable in law.variables:
+        if variable.name in at:
+            variable.check(at[variable.name], law.name)
+    if wanted is None:
+        return f"EL = {float(law.evaluate(p, **at)):.3g}"
+    if "G" in at:
+        A = float(efficiency_leverage.activation_ratio(p, wanted, at["G"], at["C"]))
+        return f"no activation ratio gives EL {wanted:g}" if np.isnan(A) else f"A = {A:.3g}"
+    lo, hi = efficiency_leverage.granularities(p, wanted, at["A"], at["C"])
+    return f"no granularity gives EL {wanted:g}" if np.isnan(lo) else f"G from {lo:.3g} to {hi:.3g} gives at least that"
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        prog="python -m analysis.leverage",
+        description="Efficiency leverage of sparse over dense models, from two sets of runs or from the published law.",
+    )
+    out.add_argument("--dense", metavar="PATH", help="dense runs: CSV, parquet, wandb export or run store with C, loss")
+    out.add_argument("--variant", metavar="PATH", help="the runs to judge, with columns A and G where they vary")
+    out.add_argument("--dense-where", metavar="QUERY", help="rows of --dense to use")
+    out.add_argument("--variant-where", metavar="QUERY", help="rows of --variant to use")
+    out.add_argument(
+        "--law", choices=("power0", "power"), default="power0", help="dense law: power0 (default) or power"
+    )
+    out.add_argument("--out", metavar="EL.CSV", help="write the table, to be fitted by the laws leverage_*")
+    out.add_argument("--at", metavar="A=,G=,C=", help="evaluate the published law there instead")
+    out.add_argument("--wanted", type=float, metavar="EL", help="with --at: the A or G that reaches this leverage")
+    cli.add_table_arguments(out)
+    cli.add_fit_arguments(out)
+    return out
+
+
+def main(args: argparse.Namespace) -> None:
+    cli.check_fit_arguments(args)
+    if args.at:
+        if args.wanted is not None and not args.wanted > 0:
+            raise ValueError(f"--wanted {args.wanted:g}: must be positive")
+        print(published(cli.parse_assignments(args.at, "--at"), args.wanted))
+        return
+    if not (args.dense and args.variant):
+        raise ValueError("give --dense and --variant, or --at for the published law")
+    tables = []
+    for path, query in ((args.dense, args.dense_where), (args.variant, args.variant_where)):
+        both = " and ".join(f"({text})" for text in (args.where, query) if text)
+        options = {**cli.table_options(args), "where": both or None}
+        tables.append(load_table(path, required=("C", "loss"), **options))
+    kinds = pd.concat([table.rows.get("data", pd.Series(dtype=object)) for table in tables]).dropna().unique()
+    if len(kinds) > 1:
+        raise DataError(f"column 'data' is mixed ({', '.join(map(repr, kinds[:3]))}): losses are not comparable")
+    options = Options(bootstrap=args.bootstrap, level=args.level, seed=args.seed, holdout=False)
+    rows = leverage(*tables, args.law, options=options)
+    print(text_table(rows))
+    if args.out:
+        frame(rows).to_csv(args.out, index=False)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, parser()))

@@ -1,0 +1,124 @@
+"""Do intervals hold what they say? Share of simulated sweeps whose nominal 90 % interval holds the truth.
+
+    python -m tests.analysis.coverage [--simulations 1000] [--seed 0] [--only parametric ...]
+
+Noise is relative, 0.5 % of the loss for the parametric fit and 0.15 % for the others: the spread of seeds of small
+runs.
+"""
+
+import argparse
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from scipy.stats import chi2
+
+from analysis import frontier, uncertainty
+from analysis.isoflop import fit_isoflop
+from analysis.laws import get_law
+from analysis.load import Table
+from analysis.result import Options
+from analysis.search import Optimum, problem
+
+LEVEL = 0.9
+TRUTH = dict(E=1.7, A=400.0, B=900.0, alpha=0.34, beta=0.32)
+BUDGETS = (1e18, 3e18, 1e19, 3e19)
+GAIN = 1.3
+
+
+def sweep(rng, noise, sizes=7, budgets=BUDGETS, speed=1.0):
+    """An IsoFLOP sweep, sizes within a factor 4 of the optimum, with seed noise in the loss (relative).
+
+    `speed`: compute counts this many times, so that the true gain over an architecture of speed 1 is `speed`.
+    """
+    law, rows = get_law("chinchilla"), []
+    for C in budgets:
+        best = law.optimum(TRUTH, speed * C)["N"] * np.exp(0.3 * rng.standard_normal())
+        for N in best * np.geomspace(1 / 4, 4, sizes):
+            loss = law.evaluate(TRUTH, N=N, D=speed * C / (6 * N)) * np.exp(noise * rng.standard_normal())
+            rows.append({"N": N, "D": C / (6 * N), "C": C, "loss": loss})
+    return pd.DataFrame(rows)
+
+
+def as_table(frame):
+    return Table(frame, frame.iloc[:0].assign(reason=[]), "simulated")
+
+
+def near_truth(law, data) -> tuple:
+    """The problem and its optimum, searched from the true parameters only."""
+    prob = problem(law, data)
+    start = prob.from_params(TRUTH)
+    found = prob.minimize(start[None], np.ones(len(prob.y)), near=start, ftol=1e-14, lanes=8)
+    params = {name: float(value) for name, value in prob.params(found.z[0]).items()}
+    return prob, Optimum(found.z[0], params, float(found.f[0]), "converged", 1, 1.0, None)
+
+
+def parametric(rng, seed, n=80, noise=5e-3) -> dict[str, bool]:
+    """Bootstrap and profile likelihood of the parametric law on n points spread over N and D."""
+    law = get_law("chinchilla")
+    N, D = np.exp(rng.uniform(np.log(1e7), np.log(1e10), n)), np.exp(rng.uniform(np.log(1e9), np.log(1e12), n))
+    loss = law.evaluate(TRUTH, N=N, D=D) * np.exp(noise * rng.standard_normal(n))
+    prob, best = near_truth(law, {"N": N, "D": D, "loss": loss})
+    statistic = uncertainty.profile_statistic(prob, best, "alpha", TRUTH["alpha"])
+    hits = {"profile alpha": statistic < chi2.ppf(LEVEL, 1)}
+    draws = uncertainty.bootstrap(prob, best, 96, seed=seed)
+    truth = {**TRUTH, **law.derived(TRUTH), "L*": law.optimum(TRUTH, 1e22)["loss"]}
+    draws |= {**law.derived(draws), "L*": law.optimum(draws, 1e22)["loss"]}
+    for name in ("alpha", "a", "L*"):
+        lo, hi = np.quantile(draws[name], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        hits[f"bootstrap {name}"] = lo <= truth[name] <= hi
+    return hits
+
+
+def isoflop(rng, seed) -> dict[str, bool]:
+    """The exponent of N* from IsoFLOP minima, plain and weighted."""
+    table, truth = as_table(sweep(rng, 1.5e-3)), TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"])
+    hits = {}
+    for weighted in (False, True):
+        options = Options(bootstrap=300, level=LEVEL, seed=seed, holdout=False, weighted=weighted)
+        a = fit_isoflop(table, options).params["a_N"]
+        hits["isoflop a weighted" if weighted else "isoflop a"] = a["lo"] <= truth <= a["hi"]
+    return hits
+
+
+def holdout(rng, seed) -> dict[str, float]:
+    """Prediction intervals for the runs of the dearest budget, fitted on the others: share of runs inside."""
+    frame = sweep(rng, 1.5e-3, sizes=8, budgets=(*BUDGETS, 1e20))
+    law = replace(get_law("chinchilla"), n_starts=8)  # `near` is the optimum: the grid of starts only costs time
+    prob, best = near_truth(law, frame)
+    return {"hold-out runs": uncertainty.holdout(prob, frame, best.z, 96, level=LEVEL, seed=seed)["share_inside"]}
+
+
+def gain(rng, seed) -> dict[str, bool]:
+    """Compute-equivalent gain at the dearest common compute, and the one gain for all compute."""
+    hits = {}
+    for truth in (GAIN, 1.0):
+        found = [
+            frontier.frontier_points(sweep(rng, 1.5e-3, speed=speed), name, Options(bootstrap=300, seed=seed))
+            for name, speed in (("base", 1.0), ("variant", truth))
+        ]
+        result = frontier.compare(*found, LEVEL)
+        for key, entry in (("", result["judged"]["gain"]), ("constant ", result["constant_gain"])):
+            hits[f"{key}gain {truth:g}"] = entry["lo"] <= truth <= entry["hi"]
+    return hits
+
+
+SIMULATIONS = {f.__name__: f for f in (parametric, isoflop, holdout, gain)}
+
+
+def coverage(name: str, simulations: int, seed: int = 0) -> dict[str, float]:
+    rng = np.random.default_rng(seed)
+    hits = [SIMULATIONS[name](rng, 10**6 * seed + i) for i in range(simulations)]
+    return {key: float(np.mean([hit[key] for hit in hits])) for key in hits[0]}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.analysis.coverage", description=__doc__.splitlines()[0])
+    parser.add_argument("--simulations", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=SIMULATIONS, default=list(SIMULATIONS))
+    args = parser.parse_args()
+    for chosen in args.only:
+        for key, share in coverage(chosen, args.simulations, args.seed).items():
+            error = np.sqrt(share * (1 - share) / args.simulations)
+            print(f"{key:<20} {share:.3f} +- {error:.3f}", flush=True)
