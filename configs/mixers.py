@@ -6,7 +6,8 @@
 The argument is MIXER-tiny, MIXER-small or MIXER-340M. Width and depth are those of configs/dense.py, and the FFN is
 made wider or narrower so that the parameters outside the embeddings agree (a test holds them within 3 %). That goes
 for RetNet (mixer 8 d^2) and for Mamba and Mamba-2 (6 d^2) as well, which their papers balance in another way: an FFN
-of 4 d^2, and no FFN in twice as many layers. Settings of 340M (`Mixer.at_340M`) are those of the papers at that scale.
+of 4 d^2, and no FFN in twice as many layers. A mixer that takes something from earlier layers alternates with mixers
+that give it. Settings of 340M (`Mixer.at_340M`) are those of the papers at that scale.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import dense
 from efficient_lm.config import from_dict
 from efficient_lm.counting import count_params
-from efficient_lm.mixers import MIXERS
+from efficient_lm.mixers import MIXERS, model_of
 from efficient_lm.schema import ConfigError, nearest
 
 SIZES = {"tiny": dense.tiny, "small": dense.small, "340M": dense.large}
@@ -31,7 +32,7 @@ def get_config(arg="gated_deltanet-tiny"):
     wanted = non_embedding(values)
     settings = dict(MIXERS[mixer].at_340M) if size == "340M" else {}
     values["name"] = f"{mixer}-{size}"
-    values["model"] |= {"pattern": (mixer,), "mixers": {mixer: settings}, "ffns": {"dense": {"d_ff": 1}}}
+    values["model"] |= model_of(mixer, settings, values["model"]["d_model"]) | {"ffns": {"dense": {"d_ff": 1}}}
     step = 64 if size == "340M" else 8
     per_unit = 3 * values["model"]["d_model"] * values["model"]["n_layers"]
     values["model"]["ffns"]["dense"]["d_ff"] = step * round((wanted - non_embedding(values)) / per_unit / step)

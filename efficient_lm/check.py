@@ -30,6 +30,7 @@ def resolve(config):
     )
     for name, settings in model.mixers.items():
         mixers.MIXERS[settings.kind].check(settings, model, f"config.model.mixers.{name}")
+    _check_carry(model)
     for name, settings in model.ffns.items():
         ffn.FFNS[settings.kind].check(settings, model, f"config.model.ffns.{name}")
     _check_train(config)
@@ -37,6 +38,21 @@ def resolve(config):
     if options:
         options.check(config.train.seq_len, config.data.vocab_size)
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, task=options))
+
+
+def _check_carry(model):
+    """What a layer takes from earlier ones must be given by one of them, always in the same shape."""
+    given = {}
+    for layer, (name, _) in enumerate(layer_specs(model)):
+        settings = model.mixers[name]
+        mixer, where = mixers.MIXERS[settings.kind], f"config.model.mixers.{name} (layer {layer})"
+        takes = mixer.takes(settings, model)
+        for key, shape in (takes | mixer.gives(settings, model)).items():
+            if key in takes and key not in given:
+                able = {name: m.giving[key] for name, m in mixers.MIXERS.items() if key in m.giving}
+                raise ConfigError(f"{where}: takes {key!r}, which no earlier layer gives; these can: {able}")
+            if given.setdefault(key, shape) != shape:
+                raise ConfigError(f"{where}: {key!r} has shape {shape} per token, in an earlier layer {given[key]}")
 
 
 def _sections(given, used, registry, path):

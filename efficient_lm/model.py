@@ -258,8 +258,8 @@ def scan_start(model) -> int:
     """
     mixers = [model.mixers[mixer] for mixer, _ in layer_specs(model)]
     start, period = len(model.prefix), len(model.pattern)
-    given = {key for cfg in mixers[:start] for key in MIXERS[cfg.kind].gives(cfg)}
-    new = {key for cfg in mixers[start:] for key in MIXERS[cfg.kind].gives(cfg)} - given
+    given = {key for cfg in mixers[:start] for key in MIXERS[cfg.kind].gives(cfg, model)}
+    new = {key for cfg in mixers[start:] for key in MIXERS[cfg.kind].gives(cfg, model)} - given
     return min(start + period, model.n_layers) if new else start
 
 

@@ -3,10 +3,10 @@
 import importlib
 import pkgutil
 
-from efficient_lm.mixers.base import MIXERS, Mixer, MixerConfig
+from efficient_lm.mixers.base import MIXERS, Mixer, MixerConfig, model_of
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.name != "__main__":
         importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["MIXERS", "Mixer", "MixerConfig"]
+__all__ = ["MIXERS", "Mixer", "MixerConfig", "model_of"]

@@ -11,7 +11,7 @@ import jax
 
 from efficient_lm.config import from_dict
 from efficient_lm.layers import Maker
-from efficient_lm.mixers import MIXERS
+from efficient_lm.mixers import MIXERS, model_of
 from efficient_lm.model import Part
 from efficient_lm.schema import ConfigError
 
@@ -74,7 +74,7 @@ def table(d_model: int, seq_len: int) -> tuple[list[str], list[list[str]]]:
     """(column names, rows of text by name of the mixer). Raises ConfigError."""
     rows = []
     for kind in sorted(MIXERS):
-        config = from_dict({"model": {"d_model": d_model, "pattern": [kind]}, "train": {"seq_len": seq_len}})
+        config = from_dict({"model": model_of(kind, {}, d_model), "train": {"seq_len": seq_len}})
         model, cls = config.model, MIXERS[kind]
         cfg = model.mixers[kind]
         params, state_bytes = measure(cls, cfg, model, seq_len)

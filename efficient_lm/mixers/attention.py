@@ -1,8 +1,12 @@
 """Causal softmax attention: MHA, GQA, MQA (2305.13245), RoPE or NoPE, QK-norm, sliding window, logit cap.
 
 Options: an output gate o * sigmoid(x W) per head or channel (2505.06708); weights e^s_j / (e^b + sum e^s) with b = 0
-('off_by_one') or learned per head ('sink'); weights sigmoid(s_j - log n) (2409.04431); a forget gate, which adds the
-sum of log sigmoid(f) over the tokens after j to s_j (2503.02130).
+('off_by_one') or learned per head ('sink'); weights sigmoid(s_j - log n) (2409.04431); weights clip((1 - g) softmax(s)
++ g, 0, 1) with g = -clip_alpha / n ('clipped', 2306.12929); a forget gate, which adds the sum of log sigmoid(f) over
+the tokens after j to s_j (2503.02130).
+
+Across layers: keys and values of one layer ('give') for the queries of later ones ('take'), as in the cross-decoder of
+YOCO (2405.05254); values l_1 v_first + l_2 v with learned l, both 1/2 at the start (value residual, 2410.17897).
 """
 
 import math
@@ -19,7 +23,12 @@ from efficient_lm.norms import RMSNorm
 from efficient_lm.positions import apply_rope, rope_table
 from efficient_lm.schema import ConfigError, setting
 from pallas_kernels import api
+from pallas_kernels.attention import MASKED, masked_scores, weighted_values
+from pallas_kernels.attention import scores as all_scores
 from pallas_kernels.flops import attention_flops
+
+WEIGHTS = ("softmax", "off_by_one", "sink", "sigmoid", "clipped")
+SHARING = ("own", "give", "take")
 
 
 @dataclass(frozen=True)
@@ -32,10 +41,13 @@ class AttentionConfig(MixerConfig):
     qk_norm: bool = setting(True, "RMSNorm of queries and keys per head, before RoPE")
     window: int = setting(0, "keys visible to a query, itself included; 0 = all", low=0)
     logit_cap: float = setting(0.0, "soft cap c tanh(s / c) on scores; 0 = none", low=0.0)
-    weights: str = setting("softmax", "from scores to weights", choices=("softmax", "off_by_one", "sink", "sigmoid"))
-    sigmoid_length: int = setting(1024, "n of the bias -log n of sigmoid weights, at any length", low=1)
+    weights: str = setting("softmax", "from scores to weights", choices=WEIGHTS)
+    weights_length: int = setting(1024, "n of sigmoid and clipped weights, at any length", low=1)
+    clip_alpha: float = setting(3.0, "clipped weights: softmax below clip_alpha / n becomes 0", low=0.0)
     forget_gate: bool = setting(False, "scores decay with the forget gates of the tokens between (use position none)")
     output_gate: str = setting("none", "sigmoid gate on the output", choices=("none", "headwise", "elementwise"))
+    kv: str = setting("own", "keys and values: give them to later layers, or take theirs", choices=SHARING)
+    value_residual: str = setting("own", "give the values to later layers, or mix in theirs", choices=SHARING)
     implementation: str = setting(
         "auto",
         "operator implementation; auto = cudnn on NVIDIA GPUs where it is legal, else xla",
@@ -54,6 +66,7 @@ class Attention(Mixer):
     Config = AttentionConfig
     kernel = "softmax attention"
     at_340M = {"n_heads": 16}
+    giving = {"kv": {"kv": "give"}, "values": {"value_residual": "give"}}
     variants = {
         "gqa-window-nope": {"n_heads": 4, "n_kv_heads": 2, "window": 7, "position": "none", "qk_norm": False},
         "mqa-cap": {"n_heads": 2, "n_kv_heads": 1, "logit_cap": 5.0},
@@ -65,8 +78,11 @@ class Attention(Mixer):
             "weights": "sink",
             "output_gate": "elementwise",
         },
-        "sigmoid-headwise": {"weights": "sigmoid", "sigmoid_length": 40, "output_gate": "headwise"},
+        "sigmoid-headwise": {"weights": "sigmoid", "weights_length": 40, "output_gate": "headwise"},
         "off-by-one": {"weights": "off_by_one"},
+        "clipped": {"weights": "clipped", "weights_length": 40, "window": 9, "forget_gate": True},
+        "take-kv": {"kv": "take", "output_gate": "headwise"},
+        "take-values": {"value_residual": "take"},
     }
 
     def __init__(self, cfg, model, make):
@@ -75,11 +91,13 @@ class Attention(Mixer):
         heads, kv_heads, width = self.sizes
         self.scale, self.dtype = score_scale(cfg, model), model.dtype
         self.q = Linear(make, d, heads * width)
-        self.k = Linear(make, d, kv_heads * width)
-        self.v = Linear(make, d, kv_heads * width)
+        own = cfg.kv != "take"
+        self.k = Linear(make, d, kv_heads * width) if own else None
+        self.v = Linear(make, d, kv_heads * width) if own else None
         self.o = Linear(make, heads * width, d)
         self.q_norm = RMSNorm(make, width, model.norm_eps) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(make, width, model.norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(make, width, model.norm_eps) if cfg.qk_norm and own else None
+        self.mix = make.vector(jnp.full(2, 0.5)) if cfg.value_residual == "take" else None
         self.forget = Linear(make, d, heads, bias=True) if cfg.forget_gate else None
         self.gate = Linear(make, d, _gate_width(cfg, model)) if cfg.output_gate != "none" else None
         self.sink = make.vector(jnp.zeros(heads)) if cfg.weights == "sink" else None
@@ -89,17 +107,37 @@ class Attention(Mixer):
 
     def _parallel(self, x, ctx):
         """y [B, T, d], keys, values [B, T, kv heads, D] and log forget gates [B, T, H] or None."""
-        q, k, v = self._project(x, ctx.positions)
+        q, (k, v) = self._queries(x, ctx.positions), self._keys_values(x, ctx)
+        if self.cfg.kv == "give":
+            ctx.carry["kv"] = k, v
         log_forget = None if self.forget is None else self._log_forget(x)
-        y = api.attention(
-            *(q, k, v),
-            window=self.cfg.window or None,
-            segment_ids=ctx.segment_ids,
-            log_forget=log_forget,
-            implementation=None if self.cfg.implementation == "auto" else self.cfg.implementation,
-            **self._weights(),
-        )
+        y = self._attend(q, k, v, window=self.cfg.window or None, segment_ids=ctx.segment_ids, log_forget=log_forget)
         return self._output(y, x), k, v, log_forget
+
+    def _attend(self, q, k, v, **options):
+        """Queries [B, T, H, D] read values by keys [B, T, kv heads, D]; options as of `api.attention`."""
+        from_rows = self._row_weights()
+        if from_rows is not None:
+            scores = masked_scores(q, k, self.scale, logit_cap=self.cfg.logit_cap or None, **options)
+            return weighted_values(from_rows(scores), v)
+        implementation = None if self.cfg.implementation == "auto" else self.cfg.implementation
+        return api.attention(q, k, v, implementation=implementation, **options, **self._weights())
+
+    def _attend_step(self, q, k, v, filled, bias):
+        """One token's q [B, H, D] over caches k, v [B, S, kv heads, D], of which `filled` [B, S] are there."""
+        k, v, from_rows = k.astype(q.dtype), v.astype(q.dtype), self._row_weights()
+        if from_rows is None:
+            return api.attention_step(q, k, v, filled, bias=bias, **self._weights())
+        scores = all_scores(q[:, None], k, self.scale, self.cfg.logit_cap or None)
+        scores = scores if bias is None else scores + bias[:, :, None]
+        return weighted_values(from_rows(jnp.where(filled[:, None, None], scores, MASKED)), v)[:, 0]
+
+    def _row_weights(self):
+        """Masked scores [B, H, T, S] -> weights, for weights that need whole rows of scores; else None."""
+        if self.cfg.weights != "clipped":
+            return None
+        low = -self.cfg.clip_alpha / self.cfg.weights_length
+        return lambda scores: jnp.clip((1 - low) * jax.nn.softmax(scores) + low, 0.0, 1.0)
 
     def _log_forget(self, x):
         return jax.nn.log_sigmoid(wide(self.forget(x)))
@@ -110,7 +148,7 @@ class Attention(Mixer):
         sinks = jnp.zeros(heads) if cfg.weights == "off_by_one" else None
         if self.sink is not None:
             sinks = self.sink[...]
-        bias = -math.log(cfg.sigmoid_length) if cfg.weights == "sigmoid" else None
+        bias = -math.log(cfg.weights_length) if cfg.weights == "sigmoid" else None
         return dict(scale=self.scale, logit_cap=cfg.logit_cap or None, sinks=sinks, sigmoid_bias=bias)
 
     def _output(self, y, x):
@@ -119,50 +157,79 @@ class Attention(Mixer):
             y = y * gate.reshape(*y.shape[:-1], gate.shape[-1] // y.shape[-2])
         return self.o(y.reshape(*x.shape[:-1], -1))
 
-    def _project(self, x, positions):
-        heads, kv_heads, width = self.sizes
+    def _queries(self, x, positions):
+        heads, _, width = self.sizes
         q = self.q(x).reshape(*x.shape[:-1], heads, width)
+        return self._rotate(q if self.q_norm is None else self.q_norm(q), positions)
+
+    def _keys_values(self, x, ctx):
+        """[..., kv heads, D] both; when decoding with keys and values of another layer, its caches."""
+        if self.cfg.kv == "take":
+            return ctx.carry["kv"]
+        _, kv_heads, width = self.sizes
         k = self.k(x).reshape(*x.shape[:-1], kv_heads, width)
         v = self.v(x).reshape(*x.shape[:-1], kv_heads, width)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.cfg.position == "rope":
-            cos, sin = rope_table(positions, width, self.cfg.rope_base)
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        return q, k, v
+        if self.cfg.value_residual == "give":
+            ctx.carry["values"] = v
+        elif self.cfg.value_residual == "take":
+            mix = self.mix[...].astype(v.dtype)
+            v = mix[0] * ctx.carry["values"] + mix[1] * v
+        return self._rotate(k if self.k_norm is None else self.k_norm(k), ctx.positions), v
+
+    def _rotate(self, x, positions):
+        if self.cfg.position == "none":
+            return x
+        return apply_rope(x, *rope_table(positions, x.shape[-1], self.cfg.rope_base))
 
     def init_state(self, batch, max_len):
         heads, kv_heads, width = self.sizes
-        slots = self._slots(max_len)
-        keys = jnp.zeros((batch, slots, kv_heads, width), self.dtype)
-        state = {"k": keys, "v": keys}
+        slots, state = self._slots(max_len), {}
+        if self.cfg.kv != "take":
+            keys = jnp.zeros((batch, slots, kv_heads, width), self.dtype)
+            state |= {"k": keys, "v": keys}
         if self.cfg.forget_gate:  # sums of log forget gates: at the cached keys, and until now
             state |= {"totals": jnp.zeros((batch, slots, heads)), "total": jnp.zeros((batch, heads))}
         return state
 
     def prefill(self, x, ctx, max_len):
         y, k, v, log_forget = self._parallel(x, ctx)
-        slots = self._slots(max_len)
-        state = {"k": cache.fill(k, slots, self.dtype), "v": cache.fill(v, slots, self.dtype)}
+        slots, state = self._slots(max_len), {}
+        if self.cfg.kv != "take":
+            state |= {"k": cache.fill(k, slots, self.dtype), "v": cache.fill(v, slots, self.dtype)}
         if log_forget is not None:
             totals = jnp.cumsum(log_forget, 1)
             state |= {"totals": cache.fill(totals, slots), "total": totals[:, -1]}
         return y, state
 
     def step(self, x, state, ctx):
-        position = ctx.positions
-        q, k, v = (part[:, 0] for part in self._project(x[:, None], position[:, None]))
-        new, bias = {"k": cache.write(state["k"], k, position), "v": cache.write(state["v"], v, position)}, None
+        position, new, bias = ctx.positions, {}, None
+        q, (k, v) = self._queries(x, position), self._keys_values(x, ctx)
+        if self.cfg.kv != "take":
+            k, v = cache.write(state["k"], k, position), cache.write(state["v"], v, position)
+            new |= {"k": k, "v": v}
+        if self.cfg.kv == "give":
+            ctx.carry["kv"] = k, v
         if self.cfg.forget_gate:
             total = state["total"] + self._log_forget(x)
             totals = cache.write(state["totals"], total, position)
             bias = (total[:, None] - totals).swapaxes(1, 2)
             new |= {"total": total, "totals": totals}
-        keys, values, filled = new["k"].astype(q.dtype), new["v"].astype(q.dtype), cache.filled(new["k"], position)
-        return self._output(api.attention_step(q, keys, values, filled, bias=bias, **self._weights()), x), new
+        return self._output(self._attend_step(q, k, v, cache.filled(k, position), bias), x), new
 
     def _slots(self, max_len):
         return min(max_len, self.cfg.window) if self.cfg.window else max_len
+
+    @staticmethod
+    def gives(cfg, model):
+        _, kv_heads, width = cfg.sizes(model.d_model)
+        given = {"kv": cfg.kv, "values": cfg.value_residual}
+        return {key: (kv_heads, width) for key, what in given.items() if what == "give"}
+
+    @staticmethod
+    def takes(cfg, model):
+        _, kv_heads, width = cfg.sizes(model.d_model)
+        taken = {"kv": cfg.kv, "values": cfg.value_residual}
+        return {key: (kv_heads, width) for key, what in taken.items() if what == "take"}
 
     @classmethod
     def check(cls, cfg, model, path):
@@ -177,28 +244,43 @@ class Attention(Mixer):
             )
         if cfg.position == "rope" and width % 2:
             raise ConfigError(f"{path}.head_dim = {width}: must be even for RoPE")
+        if cfg.kv != "own" and cfg.window:
+            raise ConfigError(
+                f"{path}.window = {cfg.window}: must be 0 with kv = {cfg.kv!r}, whose cache has no window"
+            )
+        if cfg.kv == "take" and (cfg.forget_gate or cfg.value_residual != "own"):
+            raise ConfigError(f"{path}.kv = 'take': has no keys and values for forget_gate or value_residual")
 
-    @staticmethod
-    def flops_per_token(cfg, model, seq_len):
+    @classmethod
+    def flops_per_token(cls, cfg, model, seq_len):
         heads, _, width = cfg.sizes(model.d_model)
         window = min(cfg.window or seq_len, seq_len)
         visible = window - window * (window - 1) / (2 * seq_len)
         per_key = 2 * heads * 2 * width
-        executed = attention_flops(seq_len, heads, width, width, cfg.window or None, implementation="xla")
-        scores = Flops(per_key * visible, per_key * window, executed)
+        scores = Flops(per_key * visible, per_key * window, cls.executed_flops(cfg, model, seq_len))
         return dense(_matrices(cfg, model)) + scores
+
+    @staticmethod
+    def executed_flops(cfg, model, seq_len):
+        """Products that the XLA implementation executes for scores and their values, per token."""
+        heads, _, width = cfg.sizes(model.d_model)
+        how = "reference" if cfg.weights == "clipped" else "xla"
+        return attention_flops(seq_len, heads, width, width, cfg.window or None, implementation=how)
 
     @staticmethod
     def param_count(cfg, model):
         heads, _, width = cfg.sizes(model.d_model)
-        vectors = (2 * width if cfg.qk_norm else 0) + heads * (cfg.forget_gate + (cfg.weights == "sink"))
-        return _matrices(cfg, model) + vectors
+        norms = width * cfg.qk_norm * (1 if cfg.kv == "take" else 2)
+        mix = 2 if cfg.value_residual == "take" else 0
+        return _matrices(cfg, model) + norms + mix + heads * (cfg.forget_gate + (cfg.weights == "sink"))
 
     @staticmethod
     def state_bytes(cfg, model, seq_len):
         heads, kv_heads, width = cfg.sizes(model.d_model)
         slots = min(seq_len, cfg.window or seq_len)
         forget = 4 * heads * (slots + 1) if cfg.forget_gate else 0
+        if cfg.kv == "take":
+            return 0
         return 2 * slots * kv_heads * width * jnp.dtype(model.dtype).itemsize + forget
 
 
@@ -222,4 +304,5 @@ def _gate_width(cfg, model) -> int:
 def _matrices(cfg, model) -> int:
     heads, kv_heads, width = cfg.sizes(model.d_model)
     forget = heads if cfg.forget_gate else 0
+    kv_heads = 0 if cfg.kv == "take" else kv_heads
     return model.d_model * (width * (2 * heads + 2 * kv_heads) + forget + _gate_width(cfg, model))

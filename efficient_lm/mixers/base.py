@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
+from efficient_lm.config import ModelConfig
 from efficient_lm.flops import Flops
 from efficient_lm.layers import Context
 from efficient_lm.registry import Registry
-from efficient_lm.schema import setting
+from efficient_lm.schema import build, setting
 
 MIXERS = Registry("mixer")
 
@@ -34,6 +35,7 @@ class Mixer(nnx.Module):
     kernel = ""  # the operator that it runs on, for the table of `python -m efficient_lm.mixers`
     at_340M = {}  # settings of the paper at 340M, which configs/mixers.py takes
     variants = {}  # {label: settings} that deserve the conformance suite beside the defaults
+    giving = {}  # {key of ctx.carry: settings with which the mixer gives it to later layers}
 
     def __init__(self, cfg, model, make):
         """Create parameters with `make` (layers.Maker).
@@ -46,7 +48,8 @@ class Mixer(nnx.Module):
 
         Must not look at later tokens or, where ctx.segment_ids differ, at other documents. An aux entry whose
         name ends in `_loss` is added to the training loss; the others are logged. A mixer that shares something
-        with later layers puts it into ctx.carry under the keys that `gives` names, also in `prefill` and `step`.
+        with later layers puts it into ctx.carry under the keys that `gives` names, also in `prefill` and `step`, where
+        it may be a whole cache instead of this token's part.
         """
         raise NotImplementedError
 
@@ -75,9 +78,14 @@ class Mixer(nnx.Module):
         return y.swapaxes(0, 1), state
 
     @staticmethod
-    def gives(cfg) -> tuple[str, ...]:
-        """Keys of ctx.carry that the mixer sets."""
-        return ()
+    def gives(cfg, model) -> dict[str, tuple[int, ...]]:
+        """Keys of ctx.carry that the mixer sets, with the shape of each per token."""
+        return {}
+
+    @staticmethod
+    def takes(cfg, model) -> dict[str, tuple[int, ...]]:
+        """Keys of ctx.carry that an earlier layer must have set, with the shape of each per token."""
+        return {}
 
     @staticmethod
     def next_state(cfg, params, observed):
@@ -105,3 +113,14 @@ class Mixer(nnx.Module):
     def state_bytes(cfg, model, seq_len: int) -> int:
         """Bytes of decoding state per sequence after `seq_len` tokens, in the dtypes that `init_state` uses."""
         raise NotImplementedError
+
+
+def model_of(kind: str, settings=None, d_model: int = 64) -> dict:
+    """`d_model`, `pattern` and `mixers` of a model with this mixer, after others that give what it takes."""
+    settings = {**(settings or {}), "kind": kind}
+    cfg = build(MIXERS[kind].Config, settings)
+    givers = {}
+    for key in MIXERS[kind].takes(cfg, ModelConfig(d_model=d_model)):
+        name, mixer = next((name, mixer) for name, mixer in MIXERS.items() if key in mixer.giving)
+        givers[f"{key}_giver"] = {"kind": name, **mixer.giving[key]}
+    return {"d_model": d_model, "pattern": [*givers, kind], "mixers": {**givers, kind: settings}}

@@ -3,7 +3,8 @@
 h_cn <- exp(dt_c A_cn) h_cn + dt_c B_n u_c, y_c = sum_n C_n h_cn + D_c u_c. u = short convolution of x W_x with bias and
 SiLU; [delta, B, C] = u W; dt = softplus(delta W_dt + b) per channel; A = -exp(A_log), at the start -(1 .. N) in every
 channel. Output W_o (y * SiLU(x W_z)), no norm inside. The paper uses no FFN ('mamba/none' in a pattern) and twice the
-layers. Training holds the states of all tokens, d_state times the activations: remat or Mamba-2 for long sequences.
+layers. With `give_memory` later layers can read y before its gate (`gmu`). Training holds the states of all tokens,
+d_state times the activations: remat or Mamba-2 for long sequences.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class MambaConfig(BackendConfig):
     d_state: int = setting(16, "states per inner channel", low=1)
     dt_rank: int = setting(0, "rank of the map to dt; 0 = d_model / 16, rounded up", low=0)
     conv_size: int = setting(4, "taps of the short convolution", low=1)
+    give_memory: bool = setting(False, "give y before the gate to later layers, as SambaY does for its GMUs")
 
     def sizes(self, d_model: int) -> tuple[int, int]:
         """(inner channels, rank of dt)."""
@@ -36,6 +38,7 @@ class MambaConfig(BackendConfig):
 class Mamba(Mixer):
     Config = MambaConfig
     kernel = "diagonal scan"
+    giving = {"memory": {"give_memory": True}}
 
     def __init__(self, cfg, model, make):
         d, (width, rank) = model.d_model, cfg.sizes(model.d_model)
@@ -57,7 +60,7 @@ class Mamba(Mixer):
         u = self.conv(self.x(x), ctx.segment_ids)
         inputs, log_decay = self._inputs(u)
         h, _ = api.diagonal_scan(inputs, log_decay, segment_ids=ctx.segment_ids, implementation=self.cfg.backend)
-        return self._output(h, u, x), {}
+        return self._output(h, u, x, ctx), {}
 
     def _inputs(self, u):
         """dt B u and dt A, both [..., channels x states] in float32."""
@@ -66,10 +69,13 @@ class Mamba(Mixer):
         log_decay = -jnp.exp(self.a_log[...]) * dt[..., None]
         return (y.reshape(*u.shape[:-1], -1) for y in (inputs, log_decay))
 
-    def _output(self, h, u, x):
+    def _output(self, h, u, x, ctx):
         h = h.reshape(*u.shape, self.cfg.d_state)
         y = jnp.sum(h * wide(self.c(u))[..., None, :], -1) + self.skip[...] * wide(u)
-        return self.o(y.astype(x.dtype) * jax.nn.silu(self.z(x)))
+        y = y.astype(x.dtype)
+        if self.cfg.give_memory:
+            ctx.carry["memory"] = y
+        return self.o(y * jax.nn.silu(self.z(x)))
 
     def init_state(self, batch, max_len):
         memory = jnp.zeros((batch, self.sizes[0] * self.cfg.d_state), jnp.float32)
@@ -78,12 +84,16 @@ class Mamba(Mixer):
     def prefill(self, x, ctx, max_len):
         u, conv = self.conv.prefill(self.x(x))
         h, memory = api.diagonal_scan(*self._inputs(u), output_final_state=True, implementation=self.cfg.backend)
-        return self._output(h, u, x), {"memory": memory, "conv": conv}
+        return self._output(h, u, x, ctx), {"memory": memory, "conv": conv}
 
     def step(self, x, state, ctx):
         u, conv = self.conv.step(self.x(x), state["conv"])
         h, memory = api.diagonal_scan_step(*self._inputs(u), state["memory"])
-        return self._output(h, u, x), {"memory": memory, "conv": conv}
+        return self._output(h, u, x, ctx), {"memory": memory, "conv": conv}
+
+    @staticmethod
+    def gives(cfg, model):
+        return {"memory": (cfg.sizes(model.d_model)[0],)} if cfg.give_memory else {}
 
     @staticmethod
     def flops_per_token(cfg, model, seq_len):

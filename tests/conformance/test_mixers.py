@@ -12,8 +12,9 @@ import pytest
 from efficient_lm import sharding
 from efficient_lm.config import MeshConfig, from_dict
 from efficient_lm.counting import traced_matmul_flops
+from efficient_lm.flops import Flops
 from efficient_lm.layers import Context, Maker
-from efficient_lm.mixers import MIXERS
+from efficient_lm.mixers import MIXERS, model_of
 from efficient_lm.model import Part
 
 B, T, D = 2, 40, 32
@@ -29,18 +30,23 @@ class Case:
     """One mixer with settings, at width D, with the compiled functions that the tests share."""
 
     def __init__(self, kind, settings):
-        values = {"d_model": D, "n_layers": 2, "vocab_size": 16, "dtype": "float32", "pattern": [kind]}
-        # Large, since the norm of an output that happens to be near 0 (q.k of a first token) would amplify rounding.
-        values["norm_eps"] = 1e-2
-        self.model = from_dict({"model": values | {"mixers": {kind: settings}}}).model
+        # A large norm_eps, since the norm of an output that happens to be near 0 (q.k of a first token) would amplify
+        # rounding.
+        values = {"n_layers": 2, "vocab_size": 16, "dtype": "float32", "norm_eps": 1e-2}
+        self.model = from_dict({"model": values | model_of(kind, settings, D)}).model
         self.cfg, self.cls = self.model.mixers[kind], MIXERS[kind]
         self.part = self._part(self.cfg)
+        # Layers that give what this one takes: they run first, on the same x.
+        self.givers = [self.model.mixers[name] for name in self.model.pattern[:-1]]
+        parts = [*map(self._part, self.givers), self.part]
         # This generator compiles much faster than the default one.
         key = jax.random.key(0, impl="unsafe_rbg")
-        self.initial = jax.device_get(compiled(lambda key: self.part.init(key, 1))(key))
+        initial = jax.device_get(compiled(lambda key: [part.init(key, 1) for part in parts])(key))
+        self.initial = initial[-1]
         # Zero or one as initial value of a gate or norm would hide mistakes.
         rng = np.random.default_rng(1)
-        self.params = jax.tree.map(lambda p: jnp.asarray(p + 0.1 * rng.normal(size=p.shape), jnp.float32), self.initial)
+        noisy = jax.tree.map(lambda p: jnp.asarray(p + 0.1 * rng.normal(size=p.shape), jnp.float32), initial[::-1])
+        self.params, self.before = noisy[0], list(zip(parts[:-1], noisy[:0:-1], strict=True))
         self.forward = compiled(self.apply)
         self.prefill = compiled(self._prefill)
         self.step = compiled(self._step)
@@ -48,20 +54,33 @@ class Case:
         self.gradient = compiled(jax.grad(self.weighted_sum, argnums=(0, 1), has_aux=True), static_argnums=3)
 
     def _part(self, cfg):
-        return Part(lambda key, layer=1: self.cls(cfg, self.model, Maker(key, self.model, layer)), 1)
+        cls = MIXERS[cfg.kind]
+        return Part(lambda key, layer=1: cls(cfg, self.model, Maker(key, self.model, layer)), 1)
+
+    def layers(self, params, x, part=None):
+        """The givers and the mixer itself, with parameters at least as wide as x."""
+        for giver, values in self.before:
+            yield giver.bind(jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, x.dtype)), values))
+        yield (part or self.part).bind(params)
 
     def apply(self, params, x, segment_ids=None, positions=None, part=None):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        mixer = (part or self.part).bind(params)
-        return mixer(x, Context(segment_ids, positions))[0]
+        ctx = Context(segment_ids, positions)
+        return [layer(x, ctx)[0] for layer in self.layers(params, x, part)][-1]
+
+    def init_state(self):
+        return [layer.init_state(B, T) for layer in self.layers(self.params, jnp.zeros(()))]
 
     def _prefill(self, params, x):
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        return self.part.bind(params).prefill(x, Context(None, positions), T)
+        ctx = Context(None, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+        outputs, states = zip(*(layer.prefill(x, ctx, T) for layer in self.layers(params, x)), strict=True)
+        return outputs[-1], list(states)
 
-    def _step(self, params, x, state, position):
-        return self.part.bind(params).step(x, state, Context(None, position))
+    def _step(self, params, x, states, position):
+        ctx, layers = Context(None, position), self.layers(params, x)
+        steps = [layer.step(x, state, ctx) for layer, state in zip(layers, states, strict=True)]
+        return steps[-1][0], [state for _, state in steps]
 
     def weighted_sum(self, params, x, weights, part=None):
         y = self.apply(params, x, part=part)
@@ -118,7 +137,7 @@ def test_prefill_and_steps_equal_parallel(name):
     """Steps from the empty state, and from the state after n tokens in parallel form."""
     c, x = case(name), inputs(4)
     for n in (0, PREFILL):
-        outputs, state = c.prefill(c.params, x[:, :n]) if n else (x[:, :0], c.part.bind(c.params).init_state(B, T))
+        outputs, state = c.prefill(c.params, x[:, :n]) if n else (x[:, :0], c.init_state())
         for t in range(n, T):
             y, state = c.step(c.params, x[:, t], state, jnp.full(B, t))
             outputs = jnp.concatenate([outputs, y[:, None]], 1)
@@ -160,7 +179,7 @@ def test_parameters_flops_and_state_as_declared(name):
     state = jax.eval_shape(lambda p: c.part.bind(p).init_state(1, T), c.params)
     stored = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state))
     assert c.cls.state_bytes(c.cfg, c.model, T) == stored
-    flops = c.cls.flops_per_token(c.cfg, c.model, T)
+    flops = sum((MIXERS[cfg.kind].flops_per_token(cfg, c.model, T) for cfg in [*c.givers, c.cfg]), Flops())
     # What one more sequence costs: work on fixed decays is done once a call.
     two, one = (traced_matmul_flops(c.apply, c.params, inputs(8, (rows, T, D))) for rows in (2, 1))
     traced = (two - one) / T

@@ -266,7 +266,7 @@ def test_attention_options_reduce_to_softmax_attention(x):
 
 def test_sigmoid_attention_without_scores_is_a_scaled_sum(x):
     """sum of v over the past / (n + 1)."""
-    mixer = make("attention", n_heads=H, weights="sigmoid", sigmoid_length=7, qk_norm=False)
+    mixer = make("attention", n_heads=H, weights="sigmoid", weights_length=7, qk_norm=False)
     mixer.q.kernel[...] = jnp.zeros((D, D))
     close(run(mixer, x), mixer.o(jnp.cumsum(mixer.v(x), 1) / 8))
 

@@ -10,7 +10,7 @@ from efficient_lm import generate
 from efficient_lm.config import from_dict
 from efficient_lm.counting import count_flops, count_params, decode_state_bytes
 from efficient_lm.layers import Maker
-from efficient_lm.mixers import MIXERS, __main__
+from efficient_lm.mixers import MIXERS, __main__, model_of
 from efficient_lm.model import LM, Part
 from efficient_lm.schema import ConfigError
 
@@ -22,7 +22,7 @@ def test_configs_have_the_parameters_of_the_transformer(size):
     wanted = mixer_configs.non_embedding(mixer_configs.SIZES[size]())
     for mixer in MIXERS:
         config = from_dict(mixer_configs.get_config(f"{mixer}-{size}"))
-        assert config.model.pattern == (mixer,)
+        assert config.model.pattern[-1] == mixer
         assert count_params(config)["non_embedding"] == pytest.approx(wanted, rel=0.03), mixer
 
 
@@ -47,7 +47,9 @@ def test_a_hybrid_of_three_mixers_decodes_as_in_parallel():
 def test_all_mixers_in_one_pattern():
     """Every mixer scans beside every other, twice over, in training and in decoding; counts are sums."""
     names = sorted(MIXERS)
-    values = {"d_model": 32, "vocab_size": 8, "pattern": names, "n_layers": 2 * len(names)}
+    givers = {name: cfg for kind in names for name, cfg in model_of(kind)["mixers"].items() if name != kind}
+    values = {"d_model": 32, "vocab_size": 8, "prefix": list(givers), "pattern": names, "mixers": givers}
+    values["n_layers"] = len(givers) + 2 * len(names)
     config = from_dict({"model": values, "train": {"seq_len": 8}})
     lm = LM(config.model)
     params = lm.shapes()
@@ -67,7 +69,7 @@ def test_roles_follow_the_fan_in():
     for kind in MIXERS:
 
         def roles_and_shapes(d_model, kind=kind):
-            model = from_dict({"model": {"d_model": d_model, "pattern": [kind]}}).model
+            model = from_dict({"model": model_of(kind, {}, d_model)}).model
             cls, cfg = MIXERS[kind], model.mixers[kind]
             part = Part(lambda key, layer=0: cls(cfg, model, Maker(key, model, layer)), 0)
             return part.roles(), jax.eval_shape(lambda: part.init(jax.random.key(0), 0))
