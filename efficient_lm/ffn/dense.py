@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 
-from efficient_lm.ffn.activations import ACTIVATIONS
+from efficient_lm.ffn.activations import activation_params, find_activation, make_activation
 from efficient_lm.ffn.base import FFN, FFNS, FFNConfig
 from efficient_lm.flops import dense
 from efficient_lm.layers import Linear
-from efficient_lm.schema import setting
+from efficient_lm.schema import ConfigError, setting
 
 
 @dataclass(frozen=True)
 class DenseConfig(FFNConfig):
-    activation: str = setting("silu", "registered activation: relu, relu2, gelu, silu, polyrelu, polynorm, ...")
+    activation: str = setting("silu", "registered activation: relu, relu2, gelu, silu, polyrelu, polynorm:4, ...")
     glu: bool = setting(True, "gated: act(gate) * up")
+    activate_up: bool = setting(False, "act(gate) * act(up), with relu the dReLU of 2406.05955")
     d_ff: int = setting(0, "hidden width; 0 = from expansion", low=0)
     expansion: float = setting(
         0.0, "hidden width / d_model; 0 = 8/3 with a gate, 4 without (equal parameters)", low=0.0
@@ -31,18 +32,24 @@ class Dense(FFN):
 
     def __init__(self, cfg, model, make):
         d, width = model.d_model, cfg.width(model.d_model)
+        self.activate_up = cfg.activate_up
         self.up = Linear(make, d, width)
         self.gate = Linear(make, d, width) if cfg.glu else None
         self.down = Linear(make, width, d)
-        self.act = ACTIVATIONS[cfg.activation](make)
+        self.act = make_activation(cfg.activation, make)
 
     def __call__(self, x, ctx):
-        hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
+        up = self.up(x)
+        hidden = self.act(up) if self.gate is None or self.activate_up else up
+        if self.gate is not None:
+            hidden *= self.act(self.gate(x))
         return self.down(hidden), {}
 
     @classmethod
     def check(cls, cfg, model, path):
-        ACTIVATIONS.find(cfg.activation, f"{path}.activation")
+        find_activation(cfg.activation, f"{path}.activation")
+        if cfg.activate_up and not cfg.glu:
+            raise ConfigError(f"{path}.activate_up = True: needs glu = True")
 
     @staticmethod
     def flops_per_token(cfg, model):
@@ -50,7 +57,7 @@ class Dense(FFN):
 
     @staticmethod
     def param_count(cfg, model):
-        return _matrices(cfg, model) + ACTIVATIONS[cfg.activation].params
+        return _matrices(cfg, model) + activation_params(cfg.activation)
 
 
 def _matrices(cfg, model) -> int:

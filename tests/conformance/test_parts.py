@@ -1,5 +1,7 @@
 """Every registered FFN, activation, norm and residual topology: declared sizes, exact values, no mixing of tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,17 @@ from efficient_lm.blocks import RESIDUALS
 from efficient_lm.config import from_dict
 from efficient_lm.counting import count_params, forward_flops, traced_matmul_flops
 from efficient_lm.ffn import ACTIVATIONS, FFNS
+from efficient_lm.ffn.activations import activation_params, make_activation
 from efficient_lm.layers import Maker
 from efficient_lm.model import LM, Part
 from efficient_lm.norms import NORMS
+from efficient_lm.schema import ConfigError
 
 D = 16
 MODEL = from_dict({"model": {"d_model": D}}).model
-FFN_CASES = {name: (name, {}) for name in FFNS if FFNS[name].present} | {
+# What a grouped product executes depends on how tokens fall (tests/ffn).
+EXACT = {"moe": {"implementation": "dense"}}
+FFN_CASES = {name: (name, EXACT.get(name, {})) for name in FFNS if FFNS[name].present} | {
     f"dense-{act}-{'glu' if glu else 'mlp'}": ("dense", {"activation": act, "glu": glu})
     for act in ACTIVATIONS
     for glu in (True, False)
@@ -34,8 +40,8 @@ def x_of(seed, shape=(2, 5, D), scale=1.0):
 @pytest.mark.parametrize("name", FFN_CASES)
 def test_ffn_declares_what_it_has_and_works_on_each_token_alone(name):
     kind, settings = FFN_CASES[name]
-    model = from_dict({"model": {"d_model": D, "ffns": {"dense": {"kind": kind, **settings}}}}).model
-    cfg, cls = model.ffns["dense"], FFNS[kind]
+    model = from_dict({"model": {"d_model": D, "ffns": {kind: settings}, "pattern": [f"attention/{kind}"]}}).model
+    cfg, cls = model.ffns[kind], FFNS[kind]
     part, params = part_of(lambda make: cls(cfg, model, make))
     assert cls.param_count(cfg, model) == sum(p.size for p in jax.tree.leaves(params))
     assert cls.active_param_count(cfg, model) <= cls.param_count(cfg, model)
@@ -54,10 +60,10 @@ def test_ffn_declares_what_it_has_and_works_on_each_token_alone(name):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "polynorm:2", "fatrelu:1.5", "topk:0.25", "topk:1"])
 def test_activation_values_and_parameters(name):
-    part, params = part_of(ACTIVATIONS[name])
-    assert ACTIVATIONS[name].params == sum(p.size for p in jax.tree.leaves(params))
+    part, params = part_of(functools.partial(make_activation, name))
+    assert activation_params(name) == sum(p.size for p in jax.tree.leaves(params))
     x = np.asarray(x_of(2, scale=3.0), np.float64)
     relu = np.maximum(x, 0)
 
@@ -72,6 +78,16 @@ def test_activation_values_and_parameters(name):
         "silu": x / (1 + np.exp(-x)),
         "polyrelu": (relu + relu**2 + relu**3) / 3,
         "polynorm": (rms(x) + rms(x**2) + rms(x**3)) / 3,
+        "polynorm:2": (rms(x) + rms(x**2)) / 2,
+        "sigmoid": 1 / (1 + np.exp(-x)),
+        "elu": np.where(x > 0, x, np.expm1(x)),
+        "selu": 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * np.expm1(x)),
+        "softplus": np.log1p(np.exp(x)),
+        "crrelu": relu + 0.01 * x * np.exp(-(x**2) / 2),
+        "fatrelu": np.where(x >= 0.1, x, 0),
+        "fatrelu:1.5": np.where(x >= 1.5, x, 0),
+        "topk:0.25": np.where(relu >= np.sort(relu, -1)[..., -4:-3], relu, 0),
+        "topk:1": relu,
     }
     if name in expected:
         np.testing.assert_allclose(
@@ -85,13 +101,40 @@ def test_polycom_special_cases():
     """PolyNorm ignores the scale of its input; with a = (1, 0, 0) PolyReLU is ReLU and PolyNorm is RMSNorm."""
     x = x_of(3)
     only_first = {"a": jnp.array([1.0, 0, 0]), "a0": jnp.array(0.0)}
-    polynorm, params = part_of(ACTIVATIONS["polynorm"])
+    polynorm, params = part_of(functools.partial(make_activation, "polynorm"))
     scaled, plain = polynorm.bind(params)(7.0 * x), polynorm.bind(params)(x)
     np.testing.assert_allclose(scaled, plain, rtol=1e-3, atol=1e-4)
     norm, norm_params = part_of(lambda make: NORMS["rmsnorm"](make, D))
     np.testing.assert_allclose(polynorm.bind(only_first)(x), norm.bind(norm_params)(x), rtol=1e-5)
-    polyrelu, _ = part_of(ACTIVATIONS["polyrelu"])
+    polyrelu, _ = part_of(functools.partial(make_activation, "polyrelu"))
     np.testing.assert_array_equal(polyrelu.bind(only_first)(x), jax.nn.relu(x))
+
+
+def test_activations_with_bad_arguments_are_refused():
+    for name, message in (
+        ("relu:2", "relu takes no argument"),
+        ("polynorm:9", "the order must be a number in 1..8"),
+        ("polynorm:2.5", "the order must be a number"),
+        ("topk:0", "the share kept must be"),
+        ("polynrm", "did you mean 'polynorm'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            from_dict({"model": {"ffns": {"dense": {"activation": name}}}})
+    with pytest.raises(ConfigError, match="activate_up = True: needs glu"):
+        from_dict({"model": {"ffns": {"dense": {"activate_up": True, "glu": False}}}})
+
+
+def test_drelu_activates_both_halves():
+    x = x_of(5)
+    outputs = {}
+    for up in (False, True):
+        model = from_dict({"model": {"d_model": D, "ffns": {"dense": {"activation": "relu", "activate_up": up}}}}).model
+        part = Part(lambda key, layer=0, model=model: FFNS["dense"](model.ffns["dense"], model, Maker(key, model)), 0)
+        params = part.init(jax.random.key(0), 0)
+        outputs[up] = part.bind(params)(x, None)[0]
+    hidden = jax.nn.relu(x @ params["gate"]["kernel"]) * jax.nn.relu(x @ params["up"]["kernel"])
+    np.testing.assert_allclose(outputs[True], hidden @ params["down"]["kernel"], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(outputs[True], outputs[False])
 
 
 @pytest.mark.quick

@@ -1,0 +1,215 @@
+"""Mixture of experts: y = sum over the chosen experts of w_e FFN_e(x) + shared experts (always on).
+
+Sizes in the words of the Efficiency Leverage paper (2507.17702): activation ratio A = (top_k + n_shared) /
+(n_experts + n_shared), granularity G = 2 d_model / d_expert, shared ratio S = n_shared / (top_k + n_shared).
+Krajewski et al. (2402.07871) call 4 d_model / d_expert the granularity.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from efficient_lm.ffn import dispatch, routing
+from efficient_lm.ffn.activations import activation_params, find_activation, make_activation
+from efficient_lm.ffn.base import FFN, FFNS, FFNConfig
+from efficient_lm.ffn.dense import Dense, DenseConfig
+from efficient_lm.flops import Flops, dense
+from efficient_lm.layers import wide
+from efficient_lm.schema import ConfigError, setting
+from pallas_kernels import api
+
+
+@dataclass(frozen=True)
+class MoEConfig(FFNConfig):
+    n_experts: int = setting(8, "routed experts", low=1)
+    top_k: int = setting(2, "routed experts per token", low=1)
+    n_shared: int = setting(1, "experts that see every token", low=0)
+    d_expert: int = setting(0, "hidden width of an expert; 0 = from granularity", low=0)
+    granularity: float = setting(2.0, "2 d_model / d_expert, as 2507.17702 counts", low=0.01)
+    activation: str = setting("silu", "registered activation of the experts")
+    glu: bool = setting(True, "gated experts: act(gate) * up")
+    score: str = setting("softmax", "router scores", choices=("softmax", "sigmoid"))
+    normalise: bool = setting(True, "weights of the chosen experts sum to 1 (times route_scale)")
+    route_scale: float = setting(1.0, "factor on the weights", low=0.0)
+    n_groups: int = setting(1, "group-limited routing: groups of experts", low=1)
+    top_groups: int = setting(1, "groups that a token may use", low=1)
+    balance: float = setting(0.01, "weight of the balancing loss", low=0.0)
+    balance_scope: str = setting(
+        "batch",
+        "over which tokens loads are balanced: each sequence, the micro-batch of all devices, or the last whole step",
+        choices=("sequence", "batch", "step"),
+    )
+    z_loss: float = setting(1e-3, "weight of the router's z-loss", low=0.0)
+    bias_rate: float = setting(0.0, "step of the selection bias that balances loads without a loss; 0 = none", low=0.0)
+    temperature: float = setting(1.0, "of the router's logits at the start (dense to sparse)", low=1.0)
+    temperature_decay: float = setting(0.999, "factor on the temperature per step, down to 1", low=0.0, high=1.0)
+    capacity_factor: float = setting(0.0, "rows per expert and sequence / mean load; 0 = dropless", low=0.0)
+    implementation: str = setting(
+        "auto",
+        "experts: 'dense' runs all on every token (exact and slow), 'grouped' sorts tokens by expert",
+        choices=("auto", "dense", "grouped"),
+        volatile=True,
+    )
+
+    def width(self, d_model: int) -> int:
+        """Hidden width of one expert."""
+        return self.d_expert or max(1, round(2 * d_model / self.granularity))
+
+    def activated_width(self, d_model: int) -> int:
+        """Hidden width of the dense FFN with the same FLOPs per token (router excluded)."""
+        return (self.top_k + self.n_shared) * self.width(d_model)
+
+    def rows_per_expert(self, length: int) -> int:
+        """Rows that an expert has for a sequence of `length` tokens, where capacity is limited."""
+        return math.ceil(self.capacity_factor * self.top_k * length / self.n_experts)
+
+    def shared(self, d_model: int) -> DenseConfig:
+        """The shared experts as one dense FFN."""
+        return DenseConfig(activation=self.activation, glu=self.glu, d_ff=self.n_shared * self.width(d_model))
+
+
+class Experts(nnx.Module):
+    """E linear maps d_in -> d_out, as one array [E, d_in, d_out]."""
+
+    def __init__(self, make, n_experts: int, d_in: int, d_out: int):
+        self.kernel = make.matrix(d_in, d_out, copies=n_experts)
+
+    def dense(self, x):
+        """[N, d_in] or [E, N, d_in] -> [E, N, d_out], every expert on its tokens or on all."""
+        return jnp.matmul(x, self.kernel[...].astype(x.dtype))
+
+    def grouped(self, x, sizes):
+        """Rows [S, d_in] sorted by expert, `sizes` [E] rows each -> [S, d_out]."""
+        return api.grouped_matmul(x, self.kernel[...].astype(x.dtype), sizes)
+
+
+@FFNS.register("moe")
+class MoE(FFN):
+    """Token-choice mixture of experts with a float32 router."""
+
+    Config = MoEConfig
+
+    def __init__(self, cfg, model, make):
+        self.cfg = cfg
+        d, width, n = model.d_model, cfg.width(model.d_model), cfg.n_experts
+        self.router = make.matrix(d, n)
+        self.up = Experts(make, n, d, width)
+        self.gate = Experts(make, n, d, width) if cfg.glu else None
+        self.down = Experts(make, n, width, d)
+        self.act = make_activation(cfg.activation, make)
+        self.shared = Dense(cfg.shared(d), model, make) if cfg.n_shared else None
+        self.bias = make.state(jnp.zeros(n)) if cfg.bias_rate else None
+        self.load = make.state(jnp.ones(n)) if cfg.balance_scope == "step" else None
+        self.temperature = make.state(cfg.temperature) if cfg.temperature > 1.0 else None
+
+    def __call__(self, x, ctx):
+        cfg, rows = self.cfg, x.shape[0]
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = jnp.matmul(wide(tokens), wide(self.router[...]), precision=jax.lax.Precision.HIGHEST)
+        if self.temperature is not None:
+            logits /= self.temperature[...]
+        routed = routing.route(logits, None if self.bias is None else self.bias[...], cfg)
+        y, dropped = self._experts(tokens, routed, rows)
+        y = y.astype(x.dtype).reshape(x.shape)
+        if self.shared is not None:
+            y += self.shared(x, ctx)[0]
+
+        ids = None if ctx is None else ctx.segment_ids
+        real = jnp.ones(len(tokens)) if ids is None else (ids.reshape(-1) > 0).astype(jnp.float32)
+        aux = routing.statistics(logits, routed, real)
+        if cfg.capacity_factor:
+            aux["router_dropped"] = routing.masked_mean(dropped, real)
+        if cfg.balance:
+            parts = rows if cfg.balance_scope == "sequence" else 1
+            load = None if self.load is None else self.load[...]
+            aux["balance_loss"] = cfg.balance * routing.balance_loss(routed, real, parts, load)
+        if cfg.z_loss:
+            aux["router_z_loss"] = cfg.z_loss * routing.z_loss(logits, real)
+        if self.bias is not None or self.load is not None or self.temperature is not None:
+            aux["observed"] = {"load": jax.lax.stop_gradient(routing.loads(routed, real))}
+        return y, aux
+
+    def _experts(self, x, routed, rows):
+        """x [N, d] -> weighted sum of the chosen experts [N, d], share of choices dropped [N]."""
+        cfg = self.cfg
+        if cfg.implementation == "dense":
+            outputs = self._hidden(lambda layer, x: layer.dense(x), x)
+            weights = routed.weights[:, :, None] * routing.one_hot(routed.experts, routed.probabilities)
+            return jnp.einsum("ne,end->nd", jnp.sum(weights, axis=1), wide(outputs)), jnp.zeros(len(x))
+        if cfg.capacity_factor:
+            capacity = cfg.rows_per_expert(len(x) // rows)
+            slots, sources = dispatch.assign_capacity(routed.experts, cfg.n_experts, rows, capacity)
+            packed = dispatch.scatter_tokens(x, slots, sources).reshape(rows, cfg.n_experts, capacity, -1)
+            packed = jnp.swapaxes(packed, 0, 1).reshape(cfg.n_experts, rows * capacity, -1)
+            outputs = self._hidden(lambda layer, x: layer.dense(x), packed)
+            outputs = jnp.swapaxes(outputs.reshape(cfg.n_experts, rows, capacity, -1), 0, 1).reshape(-1, x.shape[-1])
+        else:
+            slots, sources, sizes = dispatch.sort_by_expert(routed.experts, cfg.n_experts)
+            packed = dispatch.scatter_tokens(x, slots, sources)
+            outputs = self._hidden(lambda layer, x: layer.grouped(x, sizes), packed)
+        chosen = wide(dispatch.gather_choices(outputs, slots, sources))
+        dropped = jnp.mean((slots == len(sources)).astype(jnp.float32), axis=-1)
+        return jnp.einsum("nk,nkd->nd", routed.weights, chosen), dropped
+
+    def _hidden(self, apply, x):
+        up = apply(self.up, x)
+        hidden = self.act(up) if self.gate is None else self.act(apply(self.gate, x)) * up
+        return apply(self.down, hidden)
+
+    @staticmethod
+    def next_state(cfg, params, observed):
+        """Balance bias, loads and temperature after a step in which `observed` was summed over all tokens."""
+        params = dict(params)
+        if "bias" in params:
+            params["bias"] = routing.next_bias(params["bias"], observed["load"], cfg.bias_rate)
+        if "load" in params:
+            params["load"] = observed["load"]
+        if "temperature" in params:
+            params["temperature"] = jnp.maximum(1.0, params["temperature"] * cfg.temperature_decay)
+        return params
+
+    @classmethod
+    def check(cls, cfg, model, path):
+        find_activation(cfg.activation, f"{path}.activation")
+        limit = cfg.n_experts // cfg.n_groups * cfg.top_groups
+        if cfg.n_experts % cfg.n_groups:
+            raise ConfigError(f"{path}.n_groups = {cfg.n_groups}: must divide n_experts = {cfg.n_experts}")
+        if cfg.top_groups > cfg.n_groups:
+            raise ConfigError(f"{path}.top_groups = {cfg.top_groups}: must be at most n_groups = {cfg.n_groups}")
+        if cfg.top_k > limit:
+            raise ConfigError(f"{path}.top_k = {cfg.top_k}: must be at most the {limit} experts to choose from")
+        if cfg.top_k == 1 and cfg.normalise and cfg.n_experts > 1:
+            raise ConfigError(f"{path}.normalise = True: must be False with top_k = 1 (no gradient to the router)")
+
+    @staticmethod
+    def flops_per_token(cfg, model):
+        """`hardware` leaves out the rows that grouped products add to fill tiles."""
+        d, expert = model.d_model, _expert(cfg, model)
+        router = dense(d * cfg.n_experts)
+        ideal = 2.0 * (cfg.top_k + cfg.n_shared) * expert
+        if cfg.implementation == "dense":
+            executed = 2.0 * (cfg.n_experts + cfg.n_shared) * expert + 2.0 * cfg.n_experts * d
+        else:
+            executed = 2.0 * (cfg.top_k * (cfg.capacity_factor or 1.0) + cfg.n_shared) * expert + 2.0 * cfg.top_k * d
+        return router + Flops(ideal, ideal, executed)
+
+    @staticmethod
+    def param_count(cfg, model):
+        return _parameters(cfg, model, cfg.n_experts)
+
+    @classmethod
+    def active_param_count(cls, cfg, model):
+        return _parameters(cfg, model, cfg.top_k)
+
+
+def _expert(cfg, model) -> int:
+    """Weights of one expert."""
+    return model.d_model * cfg.width(model.d_model) * (3 if cfg.glu else 2)
+
+
+def _parameters(cfg, model, experts: int) -> int:
+    activations = activation_params(cfg.activation) * (2 if cfg.n_shared else 1)
+    return (experts + cfg.n_shared) * _expert(cfg, model) + model.d_model * cfg.n_experts + activations

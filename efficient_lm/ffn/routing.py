@@ -1,0 +1,112 @@
+"""Token-choice routing: scores, selection, weights, balancing losses, statistics; N tokens, E experts, float32."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Routing(NamedTuple):
+    """What a router decides.
+
+    experts: [N, k] int32, the chosen experts, best first.  weights: [N, k], theirs.
+    probabilities: [N, E], rows that sum to 1, for the balancing loss.
+    """
+
+    experts: jax.Array
+    weights: jax.Array
+    probabilities: jax.Array
+
+
+def route(logits, bias, cfg) -> Routing:
+    """logits [N, E], bias [E] or None -> Routing, by the settings of a MoEConfig.
+
+    score 'softmax' is that of Switch (2101.03961), 'sigmoid' of DeepSeek-V3 (2412.19437). The bias (2408.15664) takes
+    part in the selection only. With n_groups, a group counts as the sum of its two best experts, and only experts of
+    the `top_groups` best groups can be chosen.
+    """
+    if cfg.score == "softmax":
+        scores = probabilities = jax.nn.softmax(logits, axis=-1)
+    else:
+        scores = jax.nn.sigmoid(logits)
+        probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True)
+    ranking = jax.lax.stop_gradient(scores if bias is None else scores + bias)
+    if cfg.n_groups > 1:
+        ranking = jnp.where(best_groups(ranking, cfg.n_groups, cfg.top_groups), ranking, -jnp.inf)
+    experts = jax.lax.top_k(ranking, cfg.top_k)[1]
+    # A product with 0/1 instead of a gather, whose gradient would be a scatter.
+    weights = jnp.sum(one_hot(experts, logits) * scores[:, None, :], axis=-1)
+    if cfg.normalise:
+        weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
+    return Routing(experts, cfg.route_scale * weights, probabilities)
+
+
+def best_groups(ranking, n_groups: int, top_groups: int):
+    """[N, E] -> bool [N, E]: the experts of the top_groups groups with the largest sums of two best experts."""
+    tokens, experts = ranking.shape
+    grouped = ranking.reshape(tokens, n_groups, experts // n_groups)
+    strength = jnp.sum(jax.lax.top_k(grouped, min(2, experts // n_groups))[0], axis=-1)
+    chosen = jax.lax.top_k(strength, top_groups)[1]
+    kept = jnp.any(one_hot(chosen, strength) > 0, axis=1)
+    return jnp.repeat(kept, experts // n_groups, axis=-1)
+
+
+def one_hot(index, like):
+    """[N, k] -> [N, k, E] of like's dtype, E = like.shape[-1]."""
+    return jax.nn.one_hot(index, like.shape[-1], dtype=like.dtype)
+
+
+def loads(routing: Routing, real):
+    """Tokens that chose each expert [E]; `real` [N] is 1 for tokens that count, 0 for padding."""
+    chosen = jnp.sum(one_hot(routing.experts, routing.probabilities), axis=1)
+    return jnp.sum(chosen * real[:, None], axis=0)
+
+
+def balance_loss(routing: Routing, real, rows: int, load=None):
+    """E sum_e f_e P_e, 1 at perfect balance (2101.03961, with the 1/k of top-k routing).
+
+    f_e: share of the choices that went to e, P_e: mean probability. Taken over each of `rows` equal parts of the
+    tokens and averaged; f comes from `load` [E] where that is given (2501.11873: the balance of a whole step).
+    """
+    n_experts, k = routing.probabilities.shape[-1], routing.experts.shape[-1]
+    real = real.reshape(rows, -1, 1)
+    count = jnp.maximum(jnp.sum(real, axis=1), 1.0)
+    mean = jnp.sum(routing.probabilities.reshape(*real.shape[:2], -1) * real, axis=1) / count
+    if load is None:
+        chosen = jnp.sum(one_hot(routing.experts, routing.probabilities), axis=1).reshape(*real.shape[:2], -1)
+        share = jnp.sum(chosen * real, axis=1) / (k * count)
+    else:
+        share = load / jnp.maximum(jnp.sum(load), 1.0)
+    return n_experts * jnp.mean(jnp.sum(jax.lax.stop_gradient(share) * mean, axis=-1))
+
+
+def z_loss(logits, real):
+    """Mean squared logsumexp of the logits (2202.08906)."""
+    return masked_mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)), real)
+
+
+def statistics(logits, routing: Routing, real) -> dict:
+    """Scalars for the log: max_violation (largest load / mean load - 1), entropy of the router in nats, dead experts
+    (share without a token) and the root mean square of the logits."""
+    load = loads(routing, real)
+    entropy = -jnp.sum(jax.scipy.special.xlogy(routing.probabilities, routing.probabilities), axis=-1)
+    return {
+        "router_max_violation": jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9) - 1.0,
+        "router_entropy": masked_mean(entropy, real),
+        "router_dead_experts": jnp.mean(load == 0),
+        "router_logit_rms": jnp.sqrt(masked_mean(jnp.mean(jnp.square(logits), axis=-1), real)),
+    }
+
+
+def masked_mean(values, real):
+    """Mean of `values` [N] over tokens with real = 1."""
+    return jnp.sum(values * real) / jnp.maximum(jnp.sum(real), 1.0)
+
+
+def next_bias(bias, load, rate: float):
+    """The router bias after a step with these loads: b + rate (s - mean s), s = sign(mean load - load).
+
+    2408.15664, centred as in Ling 2.0, so that the biases keep their sum.
+    """
+    step = jnp.sign(jnp.mean(load) - load)
+    return bias + rate * (step - jnp.mean(step))
