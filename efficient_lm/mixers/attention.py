@@ -35,9 +35,10 @@ SHARING = ("own", "give", "take")
 class AttentionConfig(MixerConfig):
     n_heads: int = setting(0, "query heads; 0 = d_model / head_dim", low=0)
     n_kv_heads: int = setting(0, "key-value heads; 0 = n_heads, 1 = MQA", low=0)
-    head_dim: int = setting(0, "channels per head; 0 = d_model / n_heads", low=0)
+    head_dim: int = setting(0, "channels per head; 0 = expand x d_model / n_heads", low=0)
     position: str = setting("rope", "position encoding", choices=("rope", "none"))
     rope_base: float = setting(10000.0, "wavelength base of RoPE", low=1.0)
+    expand: float = setting(1.0, "channels of all query heads, as a multiple of d_model", low=0.0)
     qk_norm: bool = setting(True, "RMSNorm of queries and keys per head, before RoPE")
     window: int = setting(0, "keys visible to a query, itself included; 0 = all", low=0)
     logit_cap: float = setting(0.0, "soft cap c tanh(s / c) on scores; 0 = none", low=0.0)
@@ -58,7 +59,7 @@ class AttentionConfig(MixerConfig):
     def sizes(self, d_model: int) -> tuple[int, int, int]:
         """(query heads, key-value heads, head_dim); the default is 4 heads."""
         heads = self.n_heads or (d_model // self.head_dim if self.head_dim else 4)
-        return heads, self.n_kv_heads or heads, self.head_dim or d_model // heads
+        return heads, self.n_kv_heads or heads, self.head_dim or round(self.expand * d_model) // heads
 
 
 @MIXERS.register("attention")
@@ -236,8 +237,10 @@ class Attention(Mixer):
         d, (heads, kv_heads, width) = model.d_model, cfg.sizes(model.d_model)
         if cfg.head_dim and not cfg.n_heads and d % cfg.head_dim:
             raise ConfigError(f"{path}.head_dim = {cfg.head_dim}: must divide d_model = {d}; allowed: {divisors(d)}")
-        if not cfg.head_dim and d % heads:
-            raise ConfigError(f"{path}.n_heads = {heads}: must divide d_model = {d}; allowed: {divisors(d)}")
+        inner = round(cfg.expand * d)
+        if not cfg.head_dim and (inner < 1 or inner % heads):
+            what = "d_model" if cfg.expand == 1 else "expand x d_model"
+            raise ConfigError(f"{path}.n_heads = {heads}: must divide {what} = {inner}; allowed: {divisors(inner)}")
         if heads % kv_heads:
             raise ConfigError(
                 f"{path}.n_kv_heads = {kv_heads}: must divide n_heads = {heads}; allowed: {divisors(heads)}"
@@ -251,21 +254,16 @@ class Attention(Mixer):
         if cfg.kv == "take" and (cfg.forget_gate or cfg.value_residual != "own"):
             raise ConfigError(f"{path}.kv = 'take': has no keys and values for forget_gate or value_residual")
 
+    @staticmethod
+    def whole_rows(cfg) -> bool:
+        """Whether weights are computed from all scores of a row at once, in memory of T^2."""
+        return cfg.weights == "clipped"
+
     @classmethod
     def flops_per_token(cls, cfg, model, seq_len):
         heads, _, width = cfg.sizes(model.d_model)
-        window = min(cfg.window or seq_len, seq_len)
-        visible = window - window * (window - 1) / (2 * seq_len)
-        per_key = 2 * heads * 2 * width
-        scores = Flops(per_key * visible, per_key * window, cls.executed_flops(cfg, model, seq_len))
-        return dense(_matrices(cfg, model)) + scores
-
-    @staticmethod
-    def executed_flops(cfg, model, seq_len):
-        """Products that the XLA implementation executes for scores and their values, per token."""
-        heads, _, width = cfg.sizes(model.d_model)
-        how = "reference" if cfg.weights == "clipped" else "xla"
-        return attention_flops(seq_len, heads, width, width, cfg.window or None, implementation=how)
+        how = "reference" if cls.whole_rows(cfg) else "xla"
+        return dense(_matrices(cfg, model)) + softmax_flops(seq_len, heads, width, width, cfg.window, how)
 
     @staticmethod
     def param_count(cfg, model):
@@ -288,11 +286,20 @@ def divisors(n: int) -> str:
     return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
 
 
+def softmax_flops(seq_len, heads, key_width, value_width, window=0, implementation="xla") -> Flops:
+    """Scores and their values, per token; window 0 = none."""
+    sizes = heads, key_width, value_width
+    window = min(window or seq_len, seq_len)
+    per_key = 2 * heads * (key_width + value_width)
+    executed = attention_flops(seq_len, *sizes, window, implementation=implementation)
+    return Flops(attention_flops(seq_len, *sizes, window), per_key * window, executed)
+
+
 def score_scale(cfg, model) -> float:
     """1/sqrt(head_dim); under muP sqrt(base head_dim)/head_dim, the same at the base width (2203.03466)."""
     heads, _, width = cfg.sizes(model.d_model)
     if model.parametrization == "mup" and not cfg.head_dim:
-        return (model.base_width / heads) ** 0.5 / width
+        return (cfg.expand * model.base_width / heads) ** 0.5 / width
     return width**-0.5
 
 

@@ -79,7 +79,7 @@ def test_roles_follow_the_fan_in():
         paths = jax.tree_util.tree_leaves_with_path(roles)
         for (path, role), a, b in zip(paths, jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
             matrix = path[-1].key == "kernel"
-            assert role in (("hidden", "fixed") if matrix else ("vector",)), (kind, path)
+            assert role in (("hidden", "fixed") if matrix else ("vector", "state")), (kind, path)
             # Ranks that follow sqrt(d_model), as those of RWKV-7, count as fixed.
             if matrix:
                 assert (role == "hidden") == (b.shape[0] == 4 * a.shape[0]), (kind, path)
