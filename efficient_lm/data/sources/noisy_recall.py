@@ -1,7 +1,7 @@
-"""Task 'noisy_recall' (noisy in-context recall of 2403.17844; plain in-context recall with noise 0).
+"""Task 'noisy_recall' (2403.17844): pairs of key and value that come again, and noise; 0 noise = in-context recall.
 
-Pairs key, value follow each other, each with one of K keys; a key keeps its value within a row. Tokens without
-meaning stand between them. Wherever a key comes again the answer is its value, which then follows as input, as in a
+Pairs follow each other, each with one of K keys, which keeps its value within a row. Tokens without meaning stand
+between them. Wherever a key comes again the answer is its value, which then follows as input, as in a
 text. Keys are tokens 0 .. K - 1, then come as many noise tokens (none with noise 0), the rest are values.
 """
 

@@ -15,22 +15,24 @@ from efficient_lm.data.synthetic import need
 from efficient_lm.data.tasks import Task, task
 from efficient_lm.schema import setting
 
-GROUPS = ("z2", *(f"z{k}" for k in range(3, 65)), "s3", "s4", "s5", "a4", "a5")
+GROUPS = (*(f"z{k}" for k in range(2, 65)), "s3", "s4", "s5", "a4", "a5")
 
 
 @task("word_problem")
 @dataclass(frozen=True)
 class WordProblem(Task):
-    group: str = setting("z2", "zK (sum modulo K; z2 = parity), sN or aN (permutations of N things)", choices=GROUPS)
+    group: str = setting("z2", "zK (sum modulo K; z2 = parity), sN or aN (permutations of N things)")
     swaps: bool = setting(False, "sN: inputs are swaps of two things only, instead of all elements")
 
     def vocabulary(self, V):
-        return self.answers(V)
-
-    def answers(self, V):
         return len(table(self.group)[0])
 
+    def answers(self, V):
+        order = len(table(self.group)[0])
+        return order // 2 if self.swaps else order  # after t swaps the sign is that of t
+
     def check(self, T, V):
+        need(self.group in GROUPS, "config.data.task.group", self.group, "allowed: z2 .. z64, s3, s4, s5, a4, a5")
         no_swaps = self.swaps and self.group[0] != "s"
         need(not no_swaps, "config.data.task.swaps", self.swaps, f"group {self.group!r} has no swaps")
 
