@@ -29,14 +29,24 @@ def get_config(arg="gated_deltanet-tiny"):
     if size not in SIZES:
         raise ConfigError(f"config variant {arg!r}: no such size {size!r}; {nearest(size, SIZES)}")
     values = SIZES[size]()
-    wanted = non_embedding(values)
     settings = dict(MIXERS[mixer].at_340M) if size == "340M" else {}
     values["name"] = f"{mixer}-{size}"
-    values["model"] |= model_of(mixer, settings, values["model"]["d_model"]) | {"ffns": {"dense": {"d_ff": 1}}}
+    values["model"] |= model_of(mixer, settings, values["model"]["d_model"])
+    return ConfigDict(match_parameters(values, size))
+
+
+def match_parameters(values, size):
+    """`values` of a model with the shape `size`, its gated FFN as wide as gives it the parameters of the transformer.
+
+    Outside embeddings and head, up to rounding.
+    """
+    wanted = non_embedding(SIZES[size]())
+    ffn = values["model"].setdefault("ffns", {}).setdefault("dense", {})
+    ffn["d_ff"] = 1
     step = 64 if size == "340M" else 8
     per_unit = 3 * values["model"]["d_model"] * values["model"]["n_layers"]
-    values["model"]["ffns"]["dense"]["d_ff"] = step * round((wanted - non_embedding(values)) / per_unit / step)
-    return ConfigDict(values)
+    ffn["d_ff"] = step * round((wanted - non_embedding(values)) / per_unit / step)
+    return values
 
 
 def non_embedding(values) -> int:

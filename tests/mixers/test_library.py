@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import linear
 from configs import mixers as mixer_configs
 from efficient_lm import generate
 from efficient_lm.config import from_dict
 from efficient_lm.counting import count_flops, count_params, decode_state_bytes
-from efficient_lm.layers import Maker
+from efficient_lm.layers import Maker, layer_specs
 from efficient_lm.mixers import MIXERS, __main__, model_of
 from efficient_lm.model import LM, Part
 from efficient_lm.schema import ConfigError
@@ -26,10 +27,35 @@ def test_configs_have_the_parameters_of_the_transformer(size):
         assert count_params(config)["non_embedding"] == pytest.approx(wanted, rel=0.03), mixer
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("size", mixer_configs.SIZES)
+def test_models_of_papers_have_the_parameters_of_the_transformer(size):
+    wanted = mixer_configs.non_embedding(mixer_configs.SIZES[size]())
+    for name in linear.MODELS:
+        config = from_dict(linear.get_config(f"{name}-{size}"))
+        assert count_params(config)["non_embedding"] == pytest.approx(wanted, rel=0.03), name
+
+
+@pytest.mark.quick
+def test_layouts_of_papers():
+    """TransNormer: blocks first, norms later. TransNormerLLM: LRPE in the first layer, weightless norms, SGLU."""
+    model = from_dict(linear.get_config("transnormer-340M")).model
+    assert layer_specs(model) == [("diag_attention", "dense")] * 12 + [("norm_attention", "dense")] * 12
+    model = from_dict(linear.get_config("transnormer_llm-small")).model
+    lm = LM(model)
+    params = lm.shapes()
+    assert params["final_norm"] == {} and "theta" in params["prefix"]["0"]["mixer"]
+    assert "theta" not in params["pattern"]["0"]["mixer"] and len(layer_specs(model)) == 4
+    assert model.ffns["dense"].glu and model.ffns["dense"].activation == "identity"
+
+
 def test_unknown_configs_are_refused():
     for arg, hint in (("delta_net-tiny", "did you mean 'deltanet'"), ("gla-1B", "allowed: 340M, small, tiny")):
         with pytest.raises(ConfigError, match=hint):
             mixer_configs.get_config(arg)
+    for arg, hint in (("transnormerllm-tiny", "did you mean 'transnormer_llm'"), ("based-1B", "allowed: 340M, small")):
+        with pytest.raises(ConfigError, match=hint):
+            linear.get_config(arg)
 
 
 def test_a_hybrid_of_three_mixers_decodes_as_in_parallel():
