@@ -23,6 +23,7 @@ from efficient_lm.mixers.parts import (
     conv_state_bytes,
     head_state,
     split_heads,
+    unit_scale,
 )
 from efficient_lm.schema import setting
 from pallas_kernels import api
@@ -48,6 +49,7 @@ class DeltaNet(Recurrent):
     def __init__(self, cfg, model, make):
         d = model.d_model
         self.cfg, self.width = cfg, d // cfg.n_heads
+        self.scale = unit_scale(model, self.width)
         self.q = Linear(make, d, d)
         self.k = Linear(make, d, d)
         self.v = Linear(make, d, d)
@@ -63,7 +65,7 @@ class DeltaNet(Recurrent):
     def inputs(self, u, x):
         q, k, v = (split_heads(part, self.cfg.n_heads) for part in jnp.split(u, 3, -1))
         beta = jax.nn.sigmoid(wide(self.beta(x))) * (2 if self.cfg.allow_neg_eigval else 1)
-        return {"q": q, "k": k, "v": v, "beta": beta, "log_decay": None, "qk_l2norm": True}
+        return {"q": q, "k": k, "v": v, "beta": beta, "log_decay": None, "qk_l2norm": True, "scale": self.scale}
 
     def output(self, o, u, x):
         o = self.norm(o, x)

@@ -25,6 +25,7 @@ from efficient_lm.mixers.parts import (
     conv_state_bytes,
     head_state,
     split_heads,
+    unit_scale,
 )
 from efficient_lm.schema import setting
 from pallas_kernels import api
@@ -61,6 +62,7 @@ class GatedDeltaNet(Recurrent):
     def __init__(self, cfg, model, make):
         d, channels, (d_k, d_v) = model.d_model, cfg.channels(model.d_model), cfg.widths(model.d_model)
         self.cfg, self.channels, self.widths = cfg, channels, (d_k // cfg.n_heads, d_v // cfg.n_heads)
+        self.scale = unit_scale(model, self.widths[0])
         self.q = Linear(make, d, channels[0])
         self.k = Linear(make, d, channels[1])
         self.v = Linear(make, d, channels[2])
@@ -82,7 +84,7 @@ class GatedDeltaNet(Recurrent):
         k, v, beta = self._steps(k, self.widths[0]), self._steps(v, self.widths[1]), self._steps(beta, 1)[..., 0]
         log_decay = self.decay_gate(self.decay(x))
         q = split_heads(q, self.cfg.n_heads)
-        return {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "qk_l2norm": True}
+        return {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "qk_l2norm": True, "scale": self.scale}
 
     def _steps(self, y, width):
         """[B, T, n H D] -> [B, n T, H, D] as the operator wants it; one token [B, n H D] -> [B, n, H, D]."""

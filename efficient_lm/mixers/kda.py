@@ -26,6 +26,7 @@ from efficient_lm.mixers.parts import (
     conv_state_bytes,
     head_state,
     split_heads,
+    unit_scale,
 )
 from efficient_lm.schema import setting
 from pallas_kernels import api
@@ -54,6 +55,7 @@ class KDA(Recurrent):
         d, rank = model.d_model, cfg.rank(model.d_model)
         self.cfg, self.width = cfg, d // cfg.n_heads
         role = "fixed" if cfg.gate_rank else "hidden"  # a rank that follows the head grows with the width
+        self.scale = unit_scale(model, self.width)
         self.q = Linear(make, d, d)
         self.k = Linear(make, d, d)
         self.v = Linear(make, d, d)
@@ -72,7 +74,7 @@ class KDA(Recurrent):
         q, k, v = (split_heads(part, self.cfg.n_heads) for part in jnp.split(u, 3, -1))
         beta = jax.nn.sigmoid(wide(self.beta(x))) * (2 if self.cfg.allow_neg_eigval else 1)
         log_decay = self.decay_gate(split_heads(self.decay(x), self.cfg.n_heads))
-        return {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "qk_l2norm": True}
+        return {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "qk_l2norm": True, "scale": self.scale}
 
     def output(self, o, u, x):
         return self.o(self.norm(o, x) * jax.nn.sigmoid(self.gate(x)))

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_lm.flops import Flops
-from efficient_lm.layers import Linear, wide
+from efficient_lm.layers import Linear, wide, width_multiplier
 from efficient_lm.mixers.attention import divisors
 from efficient_lm.mixers.base import Mixer, MixerConfig
 from efficient_lm.norms import RMSNorm, SimpleRMSNorm
@@ -191,6 +191,14 @@ def dt_bias(key, shape):
 def split_heads(x, heads: int):
     """[..., H D] -> [..., H, D]."""
     return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def unit_scale(model, width: int) -> float:
+    """Scale of queries where q and k have unit norm: 1/sqrt(width of a head), under muP that at the base width.
+
+    Products of unit vectors don't grow with the width. A scale that falls with it would let `norm_eps` damp the output.
+    """
+    return width**-0.5 * width_multiplier(model) ** 0.5
 
 
 def in_chunks(a, size: int, mode: str = "constant"):
