@@ -289,6 +289,27 @@ def attention(q, k, v, *, window=None, segment_ids=None, log_forget=None, sinks=
     return function(**arrays, **options)
 
 
+def grouped_matmul(lhs, rhs, group_sizes, *, implementation=None):
+    """Rows times the matrix of their group: y_m = lhs_m rhs_g(m), for the experts of a mixture. Returns y [M, N].
+
+    Args:
+      lhs: [M, K] with the rows of group 0 first, then those of group 1, ...; y has its dtype.
+      rhs: [E, K, N].
+      group_sizes: [E] integers, zeros allowed, with a sum of at most M; rows behind the last group give zeros.
+      implementation: see the module's conventions. No implementation drops rows.
+    """
+    if lhs.ndim != 2 or lhs.shape[0] == 0:
+        _fail("lhs.shape", lhs.shape, "must be [M, K] with at least one row")
+    if rhs.ndim != 3 or rhs.shape[1] != lhs.shape[1]:
+        _fail("rhs.shape", rhs.shape, f"must be [E, K, N] with K = {lhs.shape[1]}")
+    _check_shape("group_sizes", group_sizes, rhs.shape[:1])
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        _fail("group_sizes.dtype", group_sizes.dtype, "must be an integer type")
+    arrays = dict(lhs=lhs, rhs=rhs, group_sizes=group_sizes)
+    _, function = dispatch.choose("grouped_matmul", implementation, arrays)
+    return function(**arrays)
+
+
 attention_step = _attention.attention_step
 linear_attention_step = steps.linear_attention_step
 delta_rule_step = steps.delta_rule_step

@@ -98,3 +98,17 @@ def causal_conv1d(x, weight, bias=None, *, activation=None, initial_state=None, 
         state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[-1]), x.dtype)
     step = lambda x, s: steps.causal_conv1d_step(x, weight, bias, s, activation=activation)  # noqa: E731
     return _scan_tokens(step, (x,), state, segment_ids)
+
+
+def grouped_matmul(lhs, rhs, group_sizes):
+    """See `pallas_kernels.api.grouped_matmul`: all rows times the matrix of every group, masked."""
+    acc, out = steps.accumulation_dtype(lhs, rhs), lhs.dtype
+    rows, ends = jnp.arange(lhs.shape[0])[:, None], jnp.cumsum(group_sizes)
+
+    def add(total, group):
+        matrix, start, end = group
+        product = jnp.matmul(lhs.astype(acc), matrix.astype(acc), precision="highest")
+        return total + jnp.where((rows >= start) & (rows < end), product, 0), None
+
+    total = jnp.zeros((lhs.shape[0], rhs.shape[2]), acc)
+    return jax.lax.scan(add, total, (rhs, ends - group_sizes, ends))[0].astype(out)

@@ -20,7 +20,7 @@ from pallas_kernels.xla.common import einsum
 
 def block_limit():
     """Most tokens per block. On CPU small ones stay in cache and waste less on the diagonal."""
-    return 128 if jax.default_backend() == "cpu" else 512
+    return 128 if jax.default_backend() == "cpu" else 1024
 
 
 class Static(NamedTuple):

@@ -1,0 +1,112 @@
+"""Grouped matmul against float64: values and gradients, for groups of every kind."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import api
+from pallas_kernels.xla.grouped_matmul import tile_size
+from tests.kernels.cases import relative_error
+
+M, E, K, N = 70, 5, 12, 9
+SIZES = {
+    "uneven": [1, 30, 2, 16, 21],
+    "empty": [0, 33, 0, 37, 0],
+    "one_group": [0, 0, M, 0, 0],
+    "rows_left_over": [16, 0, 15, 17, 2],
+    "no_rows": [0] * E,
+}
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def gradients(lhs, rhs, sizes, cotangent, implementation):
+    """(y, dlhs, drhs)."""
+    y, pull = jax.vjp(lambda lhs, rhs: api.grouped_matmul(lhs, rhs, sizes, implementation=implementation), lhs, rhs)
+    return y, *pull(cotangent.astype(y.dtype))
+
+
+def inputs(rows=M, seed=0):
+    rng = np.random.default_rng(seed)
+    return [np.float32(rng.standard_normal(shape)) for shape in ((rows, K), (E, K, N), (rows, N))]
+
+
+def exact(lhs, rhs, sizes, cotangent):
+    """By NumPy, one group at a time."""
+    lhs, rhs, cotangent = (np.asarray(x, np.float64) for x in (lhs, rhs, cotangent))
+    y, dlhs, drhs, start = np.zeros((len(lhs), N)), np.zeros_like(lhs), np.zeros_like(rhs), 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        y[rows], dlhs[rows] = lhs[rows] @ rhs[group], cotangent[rows] @ rhs[group].T
+        drhs[group] = lhs[rows].T @ cotangent[rows]
+        start += size
+    return y, dlhs, drhs
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("case", SIZES)
+def test_matches_float64(case, implementation, dtype):
+    lhs, rhs, cotangent = (jnp.asarray(x, dtype) for x in inputs())
+    got = gradients(lhs, rhs, jnp.asarray(SIZES[case]), cotangent, implementation)
+    for x, y in zip(got, exact(lhs, rhs, SIZES[case], cotangent), strict=True):
+        assert x.dtype == dtype
+        np.testing.assert_array_equal(x[y == 0], 0)  # rows and matrices of no group: exactly zero
+        assert relative_error(x, y) < {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
+
+
+def test_groups_of_several_tiles():
+    """Random sizes, most rows in few groups, as a router that collapses would give."""
+    rng = np.random.default_rng(3)
+    rows = 600
+    assert tile_size(rows, E) * 4 < rows
+    for _ in range(4):
+        sizes = rng.multinomial(rows - 7, rng.dirichlet(np.full(E, 0.5)))
+        lhs, rhs, cotangent = inputs(rows)
+        got = gradients(lhs, rhs, jnp.asarray(sizes), cotangent, "xla")
+        for x, y in zip(got, exact(lhs, rhs, sizes, cotangent), strict=True):
+            assert relative_error(x, y) < 1e-6
+
+
+def test_float64():
+    lhs, rhs, cotangent = (np.float64(x) for x in inputs())
+    with jax.enable_x64(True):
+        for implementation in ("reference", "xla"):
+            got = gradients(lhs, rhs, jnp.asarray(SIZES["uneven"]), cotangent, implementation)
+            for x, y in zip(got, exact(lhs, rhs, SIZES["uneven"], cotangent), strict=True):
+                assert relative_error(x, y) < 1e-14
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+@pytest.mark.parametrize("rows", [1000, 2048, 40])
+@pytest.mark.parametrize("shape", [(128, 256), (256, 384)])
+def test_gpu_kernel(shape, rows):
+    """Groups that begin and end inside tiles, some empty, some rows left over."""
+    rng = np.random.default_rng(4)
+    for sizes in (rng.multinomial(rows, [0.5, 0, 0.3, 0.2, 0, 0, 0]), [0, 0, rows // 2, 3, 1, 0, rows // 3], [0] * 7):
+        arrays = [(rows, shape[0]), (7, *shape), (rows, shape[1])]
+        arrays = [jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in arrays]
+        got = gradients(*arrays[:2], jnp.asarray(sizes), arrays[2], "pallas_gpu")
+        want = gradients(*(a.astype(jnp.float32) for a in arrays[:2]), jnp.asarray(sizes), arrays[2], "reference")
+        for x, y in zip(got, want, strict=True):
+            assert relative_error(x, y) < 1e-2
+            np.testing.assert_array_equal(x[y == 0], 0)
+
+
+@pytest.mark.quick
+def test_errors_name_the_argument():
+    lhs, rhs, _ = map(jnp.asarray, inputs())
+    sizes = jnp.asarray(SIZES["uneven"])
+    for message, arguments in {
+        r"rhs.shape = \(5, 9, 12\): must be \[E, K, N\] with K = 12": (lhs, rhs.swapaxes(1, 2), sizes),
+        r"group_sizes.shape = \(4,\): must be \(5,\)": (lhs, rhs, sizes[:4]),
+        "group_sizes.dtype = float32: must be an integer type": (lhs, rhs, sizes.astype(jnp.float32)),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            api.grouped_matmul(*arguments)
+    with pytest.raises(ValueError, match="there is no pallas_tpu kernel for grouped_matmul"):
+        api.grouped_matmul(lhs, rhs, sizes, implementation="pallas_tpu")
