@@ -1,5 +1,7 @@
 """The decays of one chunk behind one interface, for operators that treat a decay per head and per channel alike.
 
+Products have operands of the decays' dtype.
+
 Tensors are [B, H, N, C, K]; log decays [B, H, N, C, 1] (one per head and token), [B, H, N, C, K] (per channel) or None.
 """
 import functools
@@ -50,31 +52,27 @@ class ChunkDecay:
         """carry for n chunks, as a scan input."""
         return jnp.broadcast_to(self.carry, (n,) + self.carry.shape[1:])
 
-    def scores(self, rows, y, dtype):
+    def scores(self, rows, y):
         """[..., C, C] products of each x with y under the decay, zero above the diagonal and across segments."""
         if self.per_channel:
-            squares = pairs.scores(rows, y, self._cumulative, dtype)
+            squares = pairs.scores(rows, y, self._cumulative, self.dtype)
             return squares if self.segs is None else [jnp.where(self.segs.same, s, 0) for s in squares]
-        y = y.astype(dtype)
-        return [self._weights * einsum("...ik,...jk->...ij", x.astype(dtype), y, preferred_element_type=self.dtype)
-                for x in rows]
+        return [self._weights * einsum("...ik,...jk->...ij", x, y, preferred_element_type=self.dtype) for x in rows]
 
-    def scores_vjp(self, cotangents, rows, y, dtype):
+    def scores_vjp(self, cotangents, rows, y):
         """As `pairs.scores_vjp`: (list of dx, dy, gradient of the log decays [..., C, 1 or K])."""
         if self.segs is not None:
             cotangents = [jnp.where(self.segs.same, ct, 0) for ct in cotangents]
         if self.per_channel:
-            return pairs.scores_vjp(cotangents, rows, y, self._cumulative, dtype)
+            return pairs.scores_vjp(cotangents, rows, y, self._cumulative, self.dtype)
         product = functools.partial(einsum, preferred_element_type=self.dtype)
-        cotangents = [(ct * self._weights).astype(dtype) for ct in cotangents]
-        rows, y = [x.astype(dtype) for x in rows], y.astype(dtype)
+        cotangents = [ct * self._weights for ct in cotangents]
         drows = [product("...ij,...jk->...ik", ct, y) for ct in cotangents]
         dy = sum(product("...ij,...ik->...jk", ct, x) for ct, x in zip(cotangents, rows, strict=True))
         if not self.decays:
             return drows, dy, None
         # Pair (i, j) depends on the log decays after j up to i: a sum over j < t, then over i >= t.
-        terms = sum(ct.astype(self.dtype) * product("...ik,...jk->...ij", x, y)
-                    for ct, x in zip(cotangents, rows, strict=True))
+        terms = sum(ct * product("...ik,...jk->...ij", x, y) for ct, x in zip(cotangents, rows, strict=True))
         return drows, dy, masked_lower(prefix_sum(masked_strict(terms), exclusive=True)).sum(-2)[..., None]
 
     def gradient(self, grad, reads=None, writes=None, kept=None):

@@ -7,6 +7,7 @@ One head and one chunk, with c the inclusive and e the exclusive in-chunk sum of
     S' = e^{c_C} S + (K * e^{c_C - c})^T V + (B * e^{c_C - c})^T U
 
 e_i = c_{i-1}: the rows of a, moved one token earlier, meet the columns under the same decays as the rows of q.
+Products take float32 operands, see `delta_rule.py`.
 """
 import functools
 
@@ -48,11 +49,11 @@ def _chunked(static, *args):
     return _forward(static, *args)[0]
 
 
-def _scores(decay, q, k, a, b, segs, mm):
+def _scores(decay, q, k, a, b, segs):
     """A_qk, A_qb, A_ak, A_ab. Moved rows meet tokens of the segment before a start: those pairs are masked here."""
     earlier = shift_earlier(a)
-    qk, ak = decay.scores([q, earlier], k, mm)
-    qb, ab = decay.scores([q, earlier], b, mm)
+    qk, ak = decay.scores([q, earlier], k)
+    qb, ab = decay.scores([q, earlier], b)
     return qk, qb, _same(segs, shift_later(ak)), _same(segs, shift_later(ab))
 
 
@@ -62,27 +63,25 @@ def _same(segs, square):
 
 def _forward(static, q, k, v, a, b, log_decay, initial_state, segs):
     scale, want_final = static
-    acc, mm = log_decay.dtype, common.matmul_dtype(v)
+    acc = log_decay.dtype
     n, chunk = v.shape[2:4]
     decay = ChunkDecay(log_decay, segs, chunk, acc)
     product = functools.partial(einsum, preferred_element_type=acc)
-    v_mm = v.astype(mm)
-    qk, qb, ak, ab = _scores(decay, q, k, a, b, segs, mm)
-    t = unit_lower_inverse(-ab).astype(mm)
-    local = product("bhnij,bhnjv->bhniv", ak.astype(mm), v_mm)
+    qk, qb, ak, ab = _scores(decay, q, k, a, b, segs)
+    t = unit_lower_inverse(-ab)
+    local = product("bhnij,bhnjv->bhniv", ak, v)
     state = jnp.zeros(v.shape[:2] + (k.shape[-1], v.shape[-1]), acc) if initial_state is None else initial_state
 
     def body(s, chunk_inputs):
         t, reads, local, writes, erased, v, carry = chunk_inputs
-        u = product("bhik,bhkv->bhiv", reads, s.astype(mm)) + local
-        u = product("bhij,bhjv->bhiv", t, u.astype(mm))
-        new = carry * s + product("bhik,bhiv->bhkv", writes, v) + product("bhik,bhiv->bhkv", erased, u.astype(mm))
+        u = product("bhij,bhjv->bhiv", t, product("bhik,bhkv->bhiv", reads, s) + local)
+        new = carry * s + product("bhik,bhiv->bhkv", writes, v) + product("bhik,bhiv->bhkv", erased, u)
         return new, (s, u)
 
-    inputs = (t, (decay.before * a).astype(mm), local, (decay.leave * k).astype(mm), (decay.leave * b).astype(mm), v_mm)
+    inputs = (t, decay.before * a, local, decay.leave * k, decay.leave * b, v)
     final, (states, u) = jax.lax.scan(body, state, tuple(jnp.moveaxis(x, 2, 0) for x in inputs) + (decay.carries(n),))
-    o = product("bhnij,bhnjv->bhniv", qk.astype(mm), v_mm) + product("bhnij,nbhjv->bhniv", qb.astype(mm), u.astype(mm))
-    o = o + product("bhnik,nbhkv->bhniv", (decay.enter * q).astype(mm), states.astype(mm))
+    o = product("bhnij,bhnjv->bhniv", qk, v) + product("bhnij,nbhjv->bhniv", qb, u)
+    o = o + product("bhnik,nbhkv->bhniv", decay.enter * q, states)
     residuals = (q, k, v, a, b, log_decay, initial_state, segs, t, states)
     return ((scale * o).astype(v.dtype), final if want_final else None), residuals
 
@@ -91,41 +90,40 @@ def _backward(static, residuals, cotangents):
     scale, _ = static
     q, k, v, a, b, log_decay, initial_state, segs, t, states = residuals
     do, dfinal = cotangents
-    acc, mm = log_decay.dtype, common.matmul_dtype(v)
+    acc = log_decay.dtype
     n, chunk = v.shape[2:4]
     decay = ChunkDecay(log_decay, segs, chunk, acc)
     product = functools.partial(einsum, preferred_element_type=acc)
-    do, v_mm, states_mm = (scale * do.astype(acc)).astype(mm), v.astype(mm), states.astype(mm)
-    qk, qb, ak, ab = _scores(decay, q, k, a, b, segs, mm)
-    reads_a, writes_b = (decay.before * a).astype(mm), (decay.leave * b).astype(mm)
-    r = product("bhnik,nbhkv->bhniv", reads_a, states_mm) + product("bhnij,bhnjv->bhniv", ak.astype(mm), v_mm)
-    u = product("bhnij,bhnjv->bhniv", t, r.astype(mm)).astype(mm)
+    do = scale * do.astype(acc)
+    qk, qb, ak, ab = _scores(decay, q, k, a, b, segs)
+    reads_a, writes_b = decay.before * a, decay.leave * b
+    r = product("bhnik,nbhkv->bhniv", reads_a, states) + product("bhnij,bhnjv->bhniv", ak, v)
+    u = product("bhnij,bhnjv->bhniv", t, r)
 
-    du = product("bhnij,bhniv->bhnjv", qb.astype(mm), do)
-    reads = product("bhnik,bhniv->nbhkv", (decay.enter * q).astype(mm), do)
+    du = product("bhnij,bhniv->bhnjv", qb, do)
+    reads = product("bhnik,bhniv->nbhkv", decay.enter * q, do)
 
     def body(ds, chunk_inputs):
         t, reads_a, writes_b, du, reads, carry = chunk_inputs
-        du = du + product("bhik,bhkv->bhiv", writes_b, ds.astype(mm))
-        dr = product("bhji,bhjv->bhiv", t, du.astype(mm))
-        return carry * ds + reads + product("bhik,bhiv->bhkv", reads_a, dr.astype(mm)), (ds, dr)
+        dr = product("bhji,bhjv->bhiv", t, du + product("bhik,bhkv->bhiv", writes_b, ds))
+        return carry * ds + reads + product("bhik,bhiv->bhkv", reads_a, dr), (ds, dr)
 
     last = jnp.zeros(reads.shape[1:], acc) if dfinal is None else dfinal.astype(acc)
     inputs = tuple(jnp.moveaxis(x, 2, 0) for x in (t, reads_a, writes_b, du)) + (reads, decay.carries(n))
     dinitial, (dstates, dr) = jax.lax.scan(body, last, inputs, reverse=True)
-    dr, dstates_mm = jnp.moveaxis(dr, 0, 2).astype(mm), dstates.astype(mm)
+    dr = jnp.moveaxis(dr, 0, 2)
 
-    dv = product("bhnij,bhniv->bhnjv", qk.astype(mm), do) + product("bhnij,bhniv->bhnjv", ak.astype(mm), dr)
-    dv = dv + product("bhnjk,nbhkv->bhnjv", (decay.leave * k).astype(mm), dstates_mm)
-    dqk, dqb = (masked_lower(product("bhniv,bhnjv->bhnij", do, x)) for x in (v_mm, u))
-    dak, dab = (shift_earlier(_same(segs, masked_strict(product("bhniv,bhnjv->bhnij", dr, x)))) for x in (v_mm, u))
+    dv = product("bhnij,bhniv->bhnjv", qk, do) + product("bhnij,bhniv->bhnjv", ak, dr)
+    dv = dv + product("bhnjk,nbhkv->bhnjv", decay.leave * k, dstates)
+    dqk, dqb = (masked_lower(product("bhniv,bhnjv->bhnij", do, x)) for x in (v, u))
+    dak, dab = (shift_earlier(_same(segs, masked_strict(product("bhniv,bhnjv->bhnij", dr, x)))) for x in (v, u))
     earlier = shift_earlier(a)
-    (dq1, da1), dk, dlog1 = decay.scores_vjp([dqk, dak], [q, earlier], k, mm)
-    (dq2, da2), db, dlog2 = decay.scores_vjp([dqb, dab], [q, earlier], b, mm)
-    dq_in = decay.enter * product("bhniv,nbhkv->bhnik", do, states_mm)
-    da_in = decay.before * product("bhniv,nbhkv->bhnik", dr, states_mm)
-    dk_out = decay.leave * product("bhniv,nbhkv->bhnik", v_mm, dstates_mm)
-    db_out = decay.leave * product("bhniv,nbhkv->bhnik", u, dstates_mm)
+    (dq1, da1), dk, dlog1 = decay.scores_vjp([dqk, dak], [q, earlier], k)
+    (dq2, da2), db, dlog2 = decay.scores_vjp([dqb, dab], [q, earlier], b)
+    dq_in = decay.enter * product("bhniv,nbhkv->bhnik", do, states)
+    da_in = decay.before * product("bhniv,nbhkv->bhnik", dr, states)
+    dk_out = decay.leave * product("bhniv,nbhkv->bhnik", v, dstates)
+    db_out = decay.leave * product("bhniv,nbhkv->bhnik", u, dstates)
     kept = (states * dstates).sum(-1) * decay.carry[..., 0]
     reads, writes = q * dq_in + shift_earlier(a * da_in), k * dk_out + b * db_out
     dlog_decay = decay.gradient(dlog1 + dlog2, reads, writes, kept)

@@ -92,8 +92,11 @@ def _delta(decay, n=1):
 
 def _dplr(rng, s, mode):
     arrays = _qkv(rng, s)
-    kappa = unit(rng.standard_normal((s.B, s.T, s.G, s.K)))
-    return arrays | dict(a=-kappa, b=kappa * rng.random((s.B, s.T, s.G, 1)),
+    kappa, eta = rng.standard_normal((s.B, s.T, s.G, s.K)), rng.random((s.B, s.T, s.G, 1))
+    if mode == "keep":  # as for the delta rules
+        kappa, eta = kappa[:, :1] + 0.1 * kappa, 2 - 0.01 * eta
+    kappa = unit(kappa)
+    return arrays | dict(a=-kappa, b=kappa * eta,
                          log_decay=log_decays(rng, mode, s.B, s.T, s.H, s.K))
 
 

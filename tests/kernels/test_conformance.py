@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.xla import common
 from tests.kernels.cases import FAMILIES, IMPLEMENTATIONS, MODES, Shape, cast, has_kernel, relative_error, segment_ids
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -63,14 +64,9 @@ def cases():
                 yield pytest.param(family, implementation, id=f"{family.name}-{implementation}", marks=marks)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family,implementation", cases())
-def test_matches_float64_reference(family, implementation, dtype):
-    if implementation == "pallas_gpu" and (jax.default_backend() != "gpu" or dtype == "float32"):
-        pytest.skip("needs an NVIDIA GPU and bfloat16")
-    s = Shape(K=64, V=64) if implementation == "pallas_gpu" else Shape()
-    run = compiled(family, implementation, (() if implementation == "pallas_gpu" else (("chunk_size", CHUNK),)))
-    failures = {}
+def failures(family, run, s, dtype):
+    """{(mode, array): relative error} of `run(arrays, ids, cotangent)` where above the tolerance, over all modes."""
+    failed = {}
     for mode in MODES:
         rng = np.random.default_rng(zlib.crc32(f"{family.name} {mode}".encode()))
         arrays = cast(family.make(rng, s, mode), jnp.dtype(dtype))
@@ -81,5 +77,25 @@ def test_matches_float64_reference(family, implementation, dtype):
         cotangent = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), cotangent)
         for name, error in errors(run(arrays, jnp.asarray(ids), cotangent), expected).items():
             if error > TOLERANCE[dtype]:
-                failures[mode, name] = error
-    assert not failures
+                failed[mode, name] = error
+    return failed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family,implementation", cases())
+def test_matches_float64_reference(family, implementation, dtype):
+    if implementation == "pallas_gpu" and (jax.default_backend() != "gpu" or dtype == "float32"):
+        pytest.skip("needs an NVIDIA GPU and bfloat16")
+    s = Shape(K=64, V=64) if implementation == "pallas_gpu" else Shape()
+    run = compiled(family, implementation, (() if implementation == "pallas_gpu" else (("chunk_size", CHUNK),)))
+    assert not failures(family, run, s, dtype)
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_deltanet", "kda", "rwkv7"])
+def test_bfloat16_operands(name, monkeypatch):
+    """The XLA forms as on accelerators, where operands of matrix products keep the inputs' bfloat16."""
+    monkeypatch.setattr(common, "matmul_dtype", lambda x: x.dtype)
+    family = next(f for f in FAMILIES if f.name == name)
+    run = jax.jit(functools.partial(outputs, family, implementation="xla", chunk_size=64), compiler_options={
+        "xla_allow_excess_precision": False, "xla_backend_optimization_level": 0})
+    assert not failures(family, run, Shape(B=1, T=128, H=2, G=1, K=16, V=16), "bfloat16")
