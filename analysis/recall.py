@@ -1,0 +1,247 @@
+"""Accuracy on synthetic tasks against state and against length, with seeds and intervals: one HTML file, or SVGs.
+
+    python -m analysis.recall --store runs/recall --out recall.html
+    python -m analysis.recall --store analysis/results/recall/*.jsonl --out recall.html
+
+A store is a directory of runs that were trained on tasks (`configs/sweeps/recall.py`, `state_tracking.py`); what
+`efficient_lm.evals` wrote into the runs is read too. `--save` keeps what is drawn as rows of JSON, which can be given
+instead of a store. An interval is the t interval of the mean over seeds, cut to [0, 1].
+"""
+
+import argparse
+import base64
+import io
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from analysis import cli
+from analysis.load import DataError
+
+COLUMNS = (
+    "run_id", "task", "arch", "seed", "state_bytes", "params", "steps", "trained_length", "length", "accuracy",
+    "chance", "device",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def load(paths) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of all stores and JSONL files, one for each run, task and length, and the runs left out with reasons.
+
+    Columns are COLUMNS: `task` is a name with its options, `state_bytes` the decoding state of one sequence after
+    `trained_length` tokens, `chance` the accuracy of a model that knows the format only. Raises DataError.
+    """
+    rows, excluded = [], []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found, left_out = _store_rows(path)
+            rows, excluded = rows + found, excluded + left_out
+        elif path.is_file():
+            rows += _file_rows(path)
+        else:
+            raise DataError(f"--store {path}: no such store or file")
+    if not rows:
+        raise DataError(f"--store {' '.join(map(str, paths))}: no finished run that was trained on a task")
+    return pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(excluded, columns=("run_id", "arch", "reason"))
+
+
+def _file_rows(path: Path) -> list[dict]:
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({name: row[name] for name in COLUMNS})
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number}: not a row with {', '.join(COLUMNS)} ({error})") from None
+    return rows
+
+
+def _store_rows(store: Path) -> tuple[list[dict], list[dict]]:
+    rows, excluded = [], []
+    for directory in sorted(path.parent for path in store.glob("*/run.json")):
+        run, config = (json.loads((directory / name).read_text()) for name in ("run.json", "config.json"))
+        arch = str(run["sweep"].get("arch", "+".join(config["model"]["pattern"])))
+        if run["status"] != "done" or not config["data"]["task"]:
+            reason = f"{run['status']}: {run['reason']}" if run["status"] != "done" else "not trained on a task"
+            excluded.append({"run_id": run["run_id"], "arch": arch, "reason": reason})
+            continue
+        trained = config["train"]["seq_len"]
+        facts = {
+            **{"run_id": run["run_id"], "arch": arch, "seed": run["seed"], "state_bytes": run["state_bytes"]},
+            **{"params": run["params"]["total"], "steps": run["steps_total"], "trained_length": trained},
+            **{"device": run["hardware"]["device_kind"]},
+        }
+        own = _label(config["data"]["source"], config["data"]["task"])
+        chance = run["data"]["chance_accuracy"]
+        at = {(own, trained): {"accuracy": run["final_accuracy"], "chance": chance}}
+        evals = directory / "evals.json"
+        for score in json.loads(evals.read_text())["tasks"] if evals.exists() else ():
+            key = (_label(score["task"], score["options"]), score["length"])
+            at[key] = {"accuracy": score["accuracy"], "chance": score["chance_accuracy"]}
+        rows += [{**facts, "task": task, "length": length, **score} for (task, length), score in at.items()]
+    return rows, excluded
+
+
+def _label(task: str, options: dict) -> str:
+    return " ".join([task, *(f"{k}={v}" for k, v in options.items() if v is not False)])
+
+
+def summary(rows: pd.DataFrame, by: list[str], level: float = 0.95) -> pd.DataFrame:
+    """Mean accuracy over seeds with `lo` and `hi` (equal to the mean where there is one seed) and `seeds`."""
+    out = []
+    for key, part in rows.groupby(by, sort=False):
+        values = part["accuracy"].to_numpy(float)
+        mean, half = values.mean(), 0.0
+        if len(values) > 1:
+            half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+        interval = {"lo": max(mean - half, 0.0), "hi": min(mean + half, 1.0), "seeds": len(values)}
+        out.append({**dict(zip(by, key, strict=True)), "accuracy": mean, **interval})
+    return pd.DataFrame(out)
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+
+
+def against_state(rows: pd.DataFrame, level: float = 0.95):
+    """Accuracy at the training length against state bytes, a panel for each task; None where no state varies."""
+    rows = rows[rows["length"] == rows["trained_length"]]
+    sizes = rows.groupby(["task", "arch"])["state_bytes"].nunique().groupby("task").max()
+    tasks = [task for task in rows["task"].unique() if sizes[task] > 1]
+    if not tasks:
+        return None
+    return _panels(rows, tasks, "state_bytes", "decoding state of a sequence", level, _bytes)
+
+
+def against_length(rows: pd.DataFrame, level: float = 0.95):
+    """Accuracy against the length of a row, a panel for each task; None where there is one length only."""
+    lengths = rows.groupby("task")["length"].nunique()
+    tasks = [task for task in rows["task"].unique() if lengths[task] > 1]
+    if not tasks:
+        return None
+    rows = rows[rows["task"].isin(tasks)]
+    if rows.groupby("arch")["state_bytes"].nunique().max() > 1:
+        rows = rows.assign(arch=rows["arch"] + ", " + rows["state_bytes"].map(_bytes))
+    return _panels(rows, tasks, "length", "tokens in a row", level, str)
+
+
+def _panels(rows, tasks, x, xlabel, level, show):
+    """Means over seeds with intervals as lines, each seed as a small point; colours are the same in all panels."""
+    from analysis import plots  # matplotlib is slow to import
+
+    archs = list(rows["arch"].unique())
+    n = len(plots.ARCH_COLOURS)
+    with plots.plt.rc_context(plots.STYLE):
+        size = (4.6 * len(tasks) + 1.9, 3.8)
+        figure, axes = plots.plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True)
+        plots.plt.close(figure)
+        for ax, task in zip(axes[0], tasks, strict=True):
+            mine = rows[rows["task"] == task]
+            ax.axhline(mine["chance"].iloc[0], color="0.5", lw=1, ls=":", label="chance")
+            if x == "length":
+                ax.axvline(mine["trained_length"].iloc[0], color="0.5", lw=1, ls="--", label="trained length")
+            for i, arch in enumerate(archs):
+                colour, marker = plots.ARCH_COLOURS[i % n], plots.MARKERS[i % n]
+                points = mine[mine["arch"] == arch]
+                ax.plot(points[x], points["accuracy"], marker, color=colour, ms=3, mew=0, alpha=0.45)
+                means = summary(points, ["arch", x], level).sort_values(x) if len(points) else None
+                if means is not None:
+                    bars = np.abs(means[["lo", "hi"]].to_numpy().T - means["accuracy"].to_numpy())
+                    style = {"color": colour, "marker": marker, "ms": 5, "mec": "white", "mew": 0.5, "lw": 1.5}
+                    ax.errorbar(means[x], means["accuracy"], yerr=bars, capsize=2, elinewidth=0.9, label=arch, **style)
+            ax.set_xscale("log", base=2)
+            ticks = sorted(mine[x].unique()) if x == "length" else None
+            if ticks:
+                ax.set_xticks(ticks)
+            ax.minorticks_off()
+            ax.xaxis.set_major_formatter(lambda value, _: show(round(value)))
+            ax.set(title=task, xlabel=xlabel, ylim=(-0.03, 1.03))
+        axes[0, 0].set_ylabel("accuracy")
+        handles = {}
+        for ax in axes[0]:
+            handles |= dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    return figure
+
+
+def _bytes(value) -> str:
+    return f"{value / 1024:.3g} KiB" if value >= 1024 else f"{value} B"
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def build(rows: pd.DataFrame, excluded: pd.DataFrame, *, title: str, sources, level: float = 0.95) -> dict:
+    """Everything that the template shows."""
+    figures = {"state": against_state(rows, level), "length": against_length(rows, level)}
+    table = summary(rows, ["task", "arch", "state_bytes", "params", "length"], level)
+    table = table.sort_values(["task", "length", "state_bytes"], kind="stable")
+    return {
+        "title": title,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "sources": [str(source) for source in sources],
+        "level": level,
+        "runs": rows["run_id"].nunique(),
+        "devices": sorted(rows["device"].unique()),
+        "plots": {name: _uri(figure) for name, figure in figures.items() if figure is not None},
+        "figures": figures,
+        "table": table.to_dict("records"),
+        "excluded": excluded.to_dict("records"),
+    }
+
+
+def _svg(figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def _uri(figure) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(_svg(figure)).decode()
+
+
+def render(context: dict) -> str:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"bytes": _bytes}
+    return environment.get_template("recall.html").render(**context)
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(prog="python -m analysis.recall", description=__doc__.partition("\n")[0])
+    out.add_argument("--store", required=True, nargs="+", metavar="PATH", help="run stores, or files made by --save")
+    out.add_argument("--out", metavar="REPORT.HTML", help="one self-contained page")
+    out.add_argument("--svg", metavar="PREFIX", help="write PREFIXstate.svg and PREFIXlength.svg")
+    out.add_argument("--save", metavar="ROWS.JSONL", help="write what was read as rows of JSON")
+    out.add_argument("--title", default="Recall and state tracking", help="heading of the page")
+    out.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
+    return out
+
+
+def main(args: argparse.Namespace) -> None:
+    if not 0 < args.level < 1:
+        raise ValueError(f"--level {args.level}: must be between 0 and 1")
+    if not (args.out or args.svg or args.save):
+        raise ValueError("nothing to write: give --out, --svg or --save")
+    rows, excluded = load(args.store)
+    if args.save:
+        rows.to_json(args.save, orient="records", lines=True)
+    context = build(rows, excluded, title=args.title, sources=args.store, level=args.level)
+    if args.out:
+        Path(args.out).write_text(render(context))
+    for name, figure in context["figures"].items():
+        if args.svg and figure is not None:
+            Path(f"{args.svg}{name}.svg").write_bytes(_svg(figure))
+    print(f"{context['runs']} runs, {len(excluded)} left out")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, parser()))
