@@ -28,7 +28,7 @@ def get_config(arg="transnormer-tiny"):
     values = SIZES[size]()
     values["name"] = arg
     values["model"] |= MODELS[name](values["model"]["n_layers"], size)
-    return ConfigDict(match_parameters(values, size))
+    return ConfigDict(match_parameters(values, SIZES[size]()))
 
 
 def transnormer(n_layers, size):

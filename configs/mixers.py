@@ -32,20 +32,21 @@ def get_config(arg="gated_deltanet-tiny"):
     settings = dict(MIXERS[mixer].at_340M) if size == "340M" else {}
     values["name"] = f"{mixer}-{size}"
     values["model"] |= model_of(mixer, settings, values["model"]["d_model"])
-    return ConfigDict(match_parameters(values, size))
+    return ConfigDict(match_parameters(values, SIZES[size]()))
 
 
-def match_parameters(values, size):
-    """`values` of a model with the shape `size`, its gated FFN as wide as gives it the parameters of the transformer.
+def match_parameters(values, like):
+    """`values` with the FFN as wide as gives the model the parameters of config `like`, outside embeddings and head.
 
-    Outside embeddings and head, up to rounding.
+    The width is a multiple of d_model / 8, or of 64 where that is less.
     """
-    wanted = non_embedding(SIZES[size]())
     ffn = values["model"].setdefault("ffns", {}).setdefault("dense", {})
-    ffn["d_ff"] = 1
-    step = 64 if size == "340M" else 8
-    per_unit = 3 * values["model"]["d_model"] * values["model"]["n_layers"]
-    ffn["d_ff"] = step * round((wanted - non_embedding(values)) / per_unit / step)
+    step = min(64, values["model"]["d_model"] // 8)
+    ffn["d_ff"] = step
+    least = non_embedding(values)
+    ffn["d_ff"] = 2 * step
+    per_step = non_embedding(values) - least
+    ffn["d_ff"] = step * (1 + round((non_embedding(like) - least) / per_step))
     return values
 
 

@@ -15,6 +15,8 @@ VARIANTS = {
     "dense": ("tiny", "small", "340M"),
     "gla": ("tiny", "hybrid", "small", "340M"),
     "mixers": ("gated_deltanet-tiny", "mamba2-340M"),
+    "linear": ("transnormer_llm-340M",),
+    "hybrids": ("gated_deltanet-3to1-340M", "sambay-340M"),
 }
 NAMED = [f"configs/{name}.py:{variant}" for name, variants in VARIANTS.items() for variant in variants]
 

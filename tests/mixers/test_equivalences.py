@@ -9,7 +9,7 @@ import pytest
 
 from efficient_lm.config import from_dict
 from efficient_lm.layers import Context, Maker
-from efficient_lm.mixers import MIXERS
+from efficient_lm.mixers import MIXERS, model_of
 from efficient_lm.mixers.lightning import decay_rate
 
 B, T, D, H = 2, 12, 16, 2
@@ -18,8 +18,8 @@ compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 
 def make(kind, *, layer=1, n_layers=4, **settings):
     """A mixer with random parameters."""
-    values = {"d_model": D, "n_layers": n_layers, "vocab_size": 8, "pattern": [kind]}
-    model = from_dict({"model": values | {"mixers": {kind: settings}}}).model
+    values = {"n_layers": n_layers, "vocab_size": 8, "dtype": "float32", **model_of(kind, settings, D)}
+    model = from_dict({"model": values}).model
     return MIXERS[kind](model.mixers[kind], model, Maker(jax.random.key(0), model, layer))
 
 
