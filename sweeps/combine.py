@@ -42,9 +42,13 @@ def axis(field_name: str, values: Iterable, label: str | None = None) -> list[Ce
     return [Cell({field_name: value}, {label: _scalar(value)}) for value in values]
 
 
-def choices(label: str, named: Mapping[str, Mapping]) -> list[Cell]:
-    """One cell per named set of overrides, e.g. architectures: {"gla": {"model.pattern": ("gla",)}, ...}."""
-    return [Cell(dict(overrides), {label: name}) for name, overrides in named.items()]
+def choices(label: str, named: Mapping[str, Mapping | Cell]) -> list[Cell]:
+    """One cell per named set of overrides, e.g. architectures: {"gla": {"model.pattern": ("gla",)}, ...}.
+
+    A Cell in the place of overrides brings axes of its own.
+    """
+    cells = {name: item if isinstance(item, Cell) else Cell(dict(item)) for name, item in named.items()}
+    return [cell | Cell({}, {label: name}) for name, cell in cells.items()]
 
 
 def product(*groups: Iterable[Cell]) -> list[Cell]:

@@ -34,14 +34,15 @@ class Ladder:
 class IsoFlop:
     """An IsoFLOP sweep, the product of architectures x budgets x shapes x seeds.
 
-    archs: name -> overrides of config fields. shapes: overrides that set a size, a list for all budgets or a dict
-    {budget: list}; from a list, each budget takes the shapes with `tokens_per_parameter` in the range and, when there
-    are more than `points`, those nearest to an even spacing in log N. `lr` and `batch` (tokens) are rules of
-    `sweeps.rules`; the batch is rounded to whole sequences. `seeds` is a number of seeds, or {budget: number}.
-    `extra` are overrides for every cell. FLOPs are training FLOPs under `convention` (`efficient_lm.flops`).
+    archs: name -> overrides of config fields, or a Cell that has axes too. shapes: overrides that set a size, a list
+    for all budgets or a dict {budget: list}; from a list, each budget takes the shapes with `tokens_per_parameter` in
+    the range and, when there are more than `points`, those nearest to an even spacing in log N. `lr` and `batch`
+    (tokens) are rules of `sweeps.rules`; the batch is rounded to whole sequences. `seeds` is a number of seeds, or
+    {budget: number}. `extra` are overrides for every cell. FLOPs are training FLOPs under `convention`
+    (`efficient_lm.flops`).
     """
 
-    archs: dict[str, dict]
+    archs: dict[str, dict | Cell]
     shapes: list[dict] | dict[float, list[dict]]
     budgets: tuple[float, ...] | Ladder
     lr: rules.Rule
