@@ -5,6 +5,7 @@ skipping inside a chunk, chunk of 64 unless said. An implementation's name gives
 padding and skipping included; a test compares those with the dot_general operations of the traced computation.
 All assume no initial state and no final state asked for.
 """
+from pallas_kernels import tpu
 from pallas_kernels.xla import attention as _attention
 from pallas_kernels.xla import delta_rule as _delta
 from pallas_kernels.xla import linear_attention as _linear
@@ -15,8 +16,8 @@ IDEAL_CHUNK = 64
 def _check(decay, implementation):
     if decay not in ("none", "head", "token", "channel"):
         raise ValueError(f"decay = {decay!r}: allowed are 'none', 'head', 'token', 'channel'")
-    if implementation not in (None, "xla", "reference"):
-        raise ValueError(f"implementation = {implementation!r}: allowed are None, 'xla', 'reference'")
+    if implementation not in (None, "xla", "pallas_tpu", "reference"):
+        raise ValueError(f"implementation = {implementation!r}: allowed are None, 'xla', 'pallas_tpu', 'reference'")
 
 
 def linear_attention_flops(T, H, K, V, decay="none", chunk_size=None, implementation=None, groups=None):
@@ -25,7 +26,7 @@ def linear_attention_flops(T, H, K, V, decay="none", chunk_size=None, implementa
     Args:
       T: tokens. H: value heads. K, V: channels of one head. groups: query and key heads (default H).
       decay: 'none', 'head', 'token' or 'channel'.
-      implementation: None = idealised, H (4KV + 2C(K + V)); 'xla' or 'reference' = executed.
+      implementation: None = idealised, H (4KV + 2C(K + V)); a name = executed.
     """
     _check(decay, implementation)
     if implementation is None:
@@ -33,6 +34,10 @@ def linear_attention_flops(T, H, K, V, decay="none", chunk_size=None, implementa
         return float(H * (4 * K * V + 2 * chunk * (K + V)))
     if implementation == "reference":
         return float(H * 2 * K * V)  # k v^T is element-wise
+    if implementation == "pallas_tpu":
+        chunk, n = _tpu_chunks(T, chunk_size)
+        local = _tpu_scores(chunk, K, decay, rows=1) + 2 * chunk * chunk * V
+        return float(n * H * (local + 4 * chunk * K * V) / T)
     chunk = chunk_size or _linear.default_chunk(decay)
     chunk = min(chunk, _power_of_two(T) if decay == "channel" else T)
     n = -(-T // chunk)
@@ -54,6 +59,10 @@ def delta_rule_flops(T, H, K, V, decay="none", chunk_size=None, implementation=N
         return float(steps_per_token * H * (6 * K * V + 6 * chunk * K + 4 * chunk * V + chunk * chunk / 3))
     if implementation == "reference":
         return float(steps_per_token * H * 4 * K * V)
+    if implementation == "pallas_tpu":
+        chunk, n = _tpu_chunks(rows, chunk_size)
+        local = _tpu_scores(chunk, K, decay, rows=2) + _tpu_inverse(chunk) + 4 * chunk * chunk * V
+        return float(n * H * (local + 6 * chunk * K * V) / T)
     chunk = min(chunk_size or _delta.default_chunk(), _power_of_two(rows))
     n, square = -(-rows // chunk), chunk * chunk
     scores = 2 * (_channel_scores(chunk, K) if decay == "channel" else 2 * square * K)
@@ -70,6 +79,12 @@ def dplr_flops(T, H, K, V, chunk_size=None, implementation=None):
         return delta_rule_flops(T, H, K, V, "channel", chunk_size)
     if implementation == "reference":
         return float(H * 4 * K * V)
+    if implementation == "pallas_tpu":
+        chunk, n = _tpu_chunks(T, chunk_size)
+        shifts = 4 * chunk * chunk * (chunk + K)
+        local = 2 * _tpu_scores(chunk, K, "channel", rows=2) - _prefix_sums(chunk, K)  # one sum serves both
+        local += _tpu_inverse(chunk) + shifts + 8 * chunk * chunk * V
+        return float(n * H * (local + 8 * chunk * K * V) / T)
     chunk = min(chunk_size or _delta.default_chunk(), _power_of_two(T))
     local = 4 * _channel_scores(chunk, K) + _prefix_sums(chunk, K) + _inverse(chunk) + 8 * chunk * chunk * V
     return float(-(-T // chunk) * H * (local + 8 * chunk * K * V) / T)
@@ -124,3 +139,25 @@ def _inverse(chunk):
 
 def _levels(chunk):
     return [1 << s for s in range(chunk.bit_length() - 1)]
+
+
+def _tpu_chunks(rows, chunk_size):
+    """(rows per chunk, chunks) of the TPU kernels, which pad to whole chunks."""
+    chunk = chunk_size or tpu.DEFAULT_CHUNK
+    return chunk, -(-rows // chunk)
+
+
+def _tpu_scores(chunk, K, decay, rows):
+    """`tpu.tiles.Decay` and its scores of `rows` matrices against one, with the prefix sums made before the kernel.
+
+    A decay per channel finds anchors and multiplies whole squares at every level; others transpose the sums once.
+    """
+    square = chunk * chunk
+    if decay == "channel":
+        return len(_levels(chunk)) * (4 + 2 * rows) * square * K + _prefix_sums(chunk, K)
+    return 4 * chunk * square + 2 * rows * square * K + _prefix_sums(chunk, 1)
+
+
+def _tpu_inverse(chunk):
+    """`tpu.tiles.unit_lower_inverse`: two products of whole squares at every level."""
+    return len(_levels(chunk)) * 4 * chunk**3

@@ -66,7 +66,7 @@ def measure(name, implementation, dtype, shape, peaks, limit):
     result = output.size * output.dtype.itemsize
     ideal = count(T, H, K, V, None) * B * T
     work = {"forward": (ideal, data + result), "forward_backward": (3 * ideal, 3 * data + 2 * result)}
-    if implementation in ("xla", "reference"):
+    if implementation in ("xla", "pallas_tpu", "reference"):
         row["forward_flops_executed"] = count(T, H, K, V, implementation) * B * T
     for part, spent in times.items():
         work_flops, moved = work[part]

@@ -2,3 +2,6 @@
 
 Off a TPU they run under the Pallas interpreter: right, slow, for tests.
 """
+
+# Tokens per chunk when the caller gives none.
+DEFAULT_CHUNK = 64

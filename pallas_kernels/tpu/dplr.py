@@ -9,10 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.steps import repeat_heads
-from pallas_kernels.tpu import common
+from pallas_kernels.tpu import DEFAULT_CHUNK, common
 from pallas_kernels.tpu.tiles import Decay, dot, first_row, lower, shift_earlier, shift_later, unit_lower_inverse
-
-DEFAULT_CHUNK = 64
 
 
 def supports(q, k, v, *, chunk_size=None, **_):
