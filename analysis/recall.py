@@ -49,7 +49,8 @@ def load(paths) -> tuple[pd.DataFrame, pd.DataFrame]:
             raise DataError(f"--store {path}: no such store or file")
     if not rows:
         raise DataError(f"--store {' '.join(map(str, paths))}: no finished run that was trained on a task")
-    return pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(excluded, columns=("run_id", "arch", "reason"))
+    table = pd.DataFrame(rows, columns=COLUMNS).sort_values(["task", "arch", "state_bytes", "seed", "length"])
+    return table.reset_index(drop=True), pd.DataFrame(excluded, columns=("run_id", "arch", "reason"))
 
 
 def _file_rows(path: Path) -> list[dict]:

@@ -25,14 +25,14 @@ MIXERS = {
     "rwkv7": {},
 }
 PRESETS = {
-    "cpu": {"mixers": ["attention", "linear_attention", "gla", "deltanet"], "widths": [16, 32, 64], "steps": 1000},
-    "gpu": {"mixers": list(MIXERS), "widths": [16, 32, 64, 128], "steps": 2000},
+    "cpu": {"mixers": ["attention", "linear_attention", "gla", "deltanet"], "widths": [16, 32, 64]},
+    "gpu": {"mixers": list(MIXERS), "widths": [16, 32, 64, 128]},
 }
 SEEDS = (0, 1, 2)
 
 
 def get_config(preset="cpu"):
-    settings = preset_of(preset)
+    preset_of(preset)
     return ConfigDict({
         "model": {
             "n_layers": 2, "prefix": ("short_conv",), "vocab_size": 64, "dtype": "float32",
@@ -44,7 +44,7 @@ def get_config(preset="cpu"):
             "weight_decay": 0.0,
         },
         "train": {
-            "seq_len": 64, "batch_size": 64, "steps": settings["steps"], "steps_per_call": 25, "log_every": 100,
+            "seq_len": 64, "batch_size": 64, "steps": 1000, "steps_per_call": 25, "log_every": 100,
         },
         "log": {"progress": False},
     })  # fmt: skip
