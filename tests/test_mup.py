@@ -5,36 +5,50 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from efficient_lm.config import from_dict
+from efficient_lm.layers import Maker
+from efficient_lm.mixers import MIXERS
 from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer
 
 # Above the widths at which random parts, which fall as 1/width, still add to the change.
 WIDTHS, STEPS = (256, 1024), 3
+# The last hidden states have no such part: their change is flat from narrow models on.
+NARROW = (64, 256)
 
 
-def growth(config):
-    """RMS over tokens and vocabulary of the change of the logits after a few small steps."""
-    lm = LM(config.model)
+class Probe(LM):
+    """Keeps the normed hidden states of the last forward pass, [B, T, d_model]."""
+
+    def _logits(self, params, x):
+        self.hidden = self.parts["final_norm"].bind(params["final_norm"])(x)
+        return super()._logits(params, x)
+
+
+def growth(config, of="logits"):
+    """RMS over tokens and channels of the change of the logits (or of 'hidden' states) after a few small steps."""
+    lm = Probe(config.model)
     optimizer = make_optimizer(lm, config.optim)
     tokens = jax.random.randint(jax.random.key(2), (4, 17), 0, 32)
 
     def loss(params):
         logits, _ = lm(params, tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean(), logits
+        seen = logits if of == "logits" else lm.hidden
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean(), seen
 
     def step(carry, _):
         params, state = carry
-        grads, logits = jax.grad(loss, has_aux=True)(params)
+        grads, seen = jax.grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params, learning_rate=config.optim.lr)
-        return (optax.apply_updates(params, updates), state), logits
+        return (optax.apply_updates(params, updates), state), seen
 
     @jax.jit
     def run(key):
         params = lm.init(key)
-        _, logits = jax.lax.scan(step, (params, optimizer.init(params)), length=STEPS + 1)
-        return jnp.sqrt(jnp.mean(jnp.square(logits[-1] - logits[0])))
+        _, seen = jax.lax.scan(step, (params, optimizer.init(params)), length=STEPS + 1)
+        return jnp.sqrt(jnp.mean(jnp.square(seen[-1] - seen[0])))
 
     return float(np.mean([run(jax.random.key(seed)) for seed in range(2)]))
 
@@ -58,10 +72,31 @@ def test_width(mixer):
     assert abs(slope(WIDTHS, changes)) < 0.15, changes
 
 
+@pytest.mark.parametrize("mixer", ("gated_deltanet", "linear_attention"))
+def test_width_of_hidden_states(mixer):
+    """Under muP the change of the last hidden states is flat in width."""
+    changes = [growth(config(d_model=d, pattern=[mixer], parametrization="mup"), "hidden") for d in NARROW]
+    assert abs(slope(NARROW, changes)) < 0.15, changes
+
+
 def test_width_without_mup():
-    """The check can fail: under the standard parametrisation the change grows."""
+    """The checks can fail: under the standard parametrisation the changes grow."""
     changes = [growth(config(d_model=d, parametrization="standard")) for d in WIDTHS]
     assert slope(WIDTHS, changes) > 0.5, changes
+    changes = [growth(config(d_model=d, parametrization="standard"), "hidden") for d in NARROW]
+    assert slope(NARROW, changes) > 0.5, changes
+
+
+@pytest.mark.parametrize("kind", ("attention", "diag_attention", "deltanet", "gated_deltanet", "kda"))
+def test_scales_of_scores(kind):
+    """At the base width 1/sqrt(K); at m times that 1/m of it for q.k, the same for q.k of unit vectors."""
+    base, wide = (scale_of(kind, config(d_model=d, pattern=[kind], parametrization="mup").model) for d in (32, 128))
+    np.testing.assert_allclose(base, (6 if kind == "gated_deltanet" else 8) ** -0.5)
+    np.testing.assert_allclose(wide, base / 4 if "attention" in kind else base)
+
+
+def scale_of(kind, model):
+    return nnx.eval_shape(lambda: MIXERS[kind](model.mixers[kind], model, Maker(jax.random.key(0), model))).scale
 
 
 def test_base_width_is_the_standard_parametrisation():
