@@ -5,6 +5,7 @@ dimensions of a parameter (the leading axis of scanned layers is never split); a
 dimension is dropped, so every model runs on every mesh.
 """
 
+import functools
 import re
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from efficient_lm.schema import ConfigError
+from pallas_kernels import partition
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -41,9 +43,7 @@ def make_mesh(mesh, rows: int, devices=None) -> Mesh:
         )
     usable = [n for n in range(unit, len(devices) + 1, unit) if rows % (n // mesh.tensor) == 0]
     if not usable:
-        raise ConfigError(
-            f"config.mesh.fsdp = {mesh.fsdp}: must divide train.batch_size / train.grad_accum = {rows}"
-        )
+        raise ConfigError(f"config.mesh.fsdp = {mesh.fsdp}: must divide train.batch_size / train.grad_accum = {rows}")
     used = usable[-1]
     if jax.process_count() > 1 and used < len(devices):
         raise ConfigError(
@@ -68,10 +68,12 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         return PartitionSpec()
     axes = next(axes for pattern, axes in RULES if re.search(pattern, path))
     padded = (None,) * (len(shape) - len(axes)) + axes
-    return PartitionSpec(*[
-        axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(padded, shape, strict=True)
-    ])
+    return PartitionSpec(
+        *[
+            axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(padded, shape, strict=True)
+        ]
+    )
 
 
 def place(tree, mesh: Mesh):
@@ -103,6 +105,17 @@ def residual_constraint(mesh: Mesh):
         return lambda x: x
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def split_kernels(function, mesh: Mesh):
+    """`function` with the Pallas kernels that it traces split over `mesh`: rows as the batch, heads over tensor."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with partition.use_mesh(mesh, BATCH, ("tensor",)):
+            return function(*args)
+
+    return run
 
 
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

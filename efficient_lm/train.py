@@ -192,9 +192,9 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
 
     # The compiled functions.
     whole = sharding.replicated(mesh)
-    train_step = make_train_step(lm, cfg, optimizer, constrain)
+    train_step = sharding.split_kernels(make_train_step(lm, cfg, optimizer, constrain), mesh)
     train_call = jax.jit(repeat(train_step, opts.steps_per_call), donate_argnums=0, out_shardings=(shardings, whole))
-    eval_step = jax.jit(make_eval_step(lm, constrain), out_shardings=whole)
+    eval_step = jax.jit(sharding.split_kernels(make_eval_step(lm, constrain), mesh), out_shardings=whole)
 
     def load_call(call):
         """Batches [steps_per_call, grad_accum, rows, T] on the devices and learning rates of a call."""

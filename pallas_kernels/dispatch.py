@@ -14,6 +14,8 @@ import importlib.util
 
 import jax
 
+from pallas_kernels import partition
+
 # name: (platform, module of its kernel for an operator)
 _KERNELS = {
     "pallas_tpu": ("tpu", "pallas_kernels.tpu.{}"),
@@ -48,16 +50,16 @@ def choose(op, implementation, arguments):
     """(name, function) for operator `op` called with `arguments` (dict by name).
 
     `implementation` None: the kernels of the default platform when they support the call, else 'xla'. With several
-    devices no Pallas ones, since XLA partitions no Pallas call (cuDNN's it does) but gathers its arguments; under
-    `jax.shard_map` name the implementation.
+    devices Pallas ones are taken inside `jax.shard_map` and `partition.use_mesh` only, since XLA partitions no Pallas
+    call (cuDNN's it does).
     Raises ValueError when an explicit choice is unknown or cannot serve the call, with the reason.
     """
     if implementation is None:
         for name, (platform, _) in _KERNELS.items():
-            if platform == jax.default_backend() and (jax.device_count() == 1 or name == "cudnn"):
+            if platform == jax.default_backend() and (name == "cudnn" or partition.per_device(op)):
                 function, supports = _load(op, name)
                 if function is not None and supports(**_structs(arguments)) is None:
-                    return name, function
+                    return name, _split(op, name, function)
         return "xla", _load(op, "xla")[0]
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation = {implementation!r}: allowed are None and {', '.join(IMPLEMENTATIONS)}")
@@ -65,4 +67,8 @@ def choose(op, implementation, arguments):
     reason = supports if function is None else supports and supports(**_structs(arguments))
     if reason is not None:
         raise ValueError(f"implementation = {implementation!r} cannot run {op}: {reason}")
-    return implementation, function
+    return implementation, _split(op, implementation, function)
+
+
+def _split(op, implementation, function):
+    return partition.split(op, function) if implementation.startswith("pallas") else function

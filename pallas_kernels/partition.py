@@ -1,0 +1,95 @@
+"""Pallas kernels on several devices. XLA partitions no Pallas call but gathers its arguments; here `jax.shard_map`
+cuts them, as the recurrences are independent over batch and heads. Time stays whole.
+
+    with partition.use_mesh(mesh, batch_axes=("data", "fsdp"), head_axes=("tensor",)):
+        ...                      # whatever is traced here runs Pallas kernels on each device's rows and heads
+"""
+
+import contextlib
+import contextvars
+import math
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+OPERATORS = ("linear_attention", "delta_rule", "dplr", "diagonal_scan", "attention")
+_TOKENS = ("batch", None, "heads")
+# What the axes of an argument are; further ones are whole. The channels of a diagonal scan count as heads.
+_LAYOUT = dict.fromkeys(("q", "k", "v", "a", "b", "beta", "log_decay", "log_forget", "x"), _TOKENS) | {
+    "initial_state": ("batch", "heads"),
+    "segment_ids": ("batch",),
+    "sinks": ("heads",),
+}
+
+
+class _Axes(NamedTuple):
+    mesh: Mesh
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+_axes = contextvars.ContextVar("axes", default=None)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh, batch_axes, head_axes=()):
+    """While tracing inside: Pallas kernels run per device, rows split over `batch_axes`, heads over `head_axes`.
+
+    An axis whose size does not divide the rows or heads of a call leaves them whole on each of its devices.
+    """
+    token = _axes.set(_Axes(mesh, tuple(batch_axes), tuple(head_axes)))
+    try:
+        # JAX keys its caches of traces on this mesh, so that none made inside is taken outside.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _axes.reset(token)
+
+
+def _inside_shard_map():
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def per_device(op):
+    """Whether a Pallas kernel of `op` called here would get one device's part of its arguments."""
+    return jax.device_count() == 1 or _inside_shard_map() or (op in OPERATORS and _axes.get() is not None)
+
+
+def split(op, function):
+    """`function`, an implementation of `op`, on each device's part where `use_mesh` says so; else as it is."""
+    axes = _axes.get()
+    if axes is None or axes.mesh.size == 1 or op not in OPERATORS or _inside_shard_map():
+        return function
+
+    def run(**arguments):
+        arrays = {name: x for name, x in arguments.items() if hasattr(x, "shape")}
+        options = {name: x for name, x in arguments.items() if name not in arrays}
+        names = _divisible(axes, arrays)
+        specs = {name: _spec(name, x, names) for name, x in arrays.items()}
+        tokens, state = (PartitionSpec(*(names.get(axis) for axis in layout)) for layout in (_TOKENS, _TOKENS[::2]))
+        return jax.shard_map(
+            lambda arrays: function(**arrays, **options),
+            mesh=axes.mesh,
+            in_specs=(specs,),
+            out_specs=tokens if op == "attention" else (tokens, state),
+            check_vma=False,  # Pallas calls don't say over which axes their results vary
+        )(arrays)
+
+    return run
+
+
+def _divisible(axes, arrays):
+    """{"batch": mesh axes, "heads": mesh axes}, without those that do not divide their dimension."""
+    batch, _, heads = next(arrays[name] for name in ("v", "x") if name in arrays).shape[:3]
+    # One key head serves every value head: it stays whole.
+    counts = {heads, *(arrays[name].shape[2] for name in ("q", "k") if name in arrays)} - {1}
+    sizes = {name: math.prod(axes.mesh.shape[axis] for axis in getattr(axes, name)) for name in ("batch", "heads")}
+    fits = {"batch": batch % sizes["batch"] == 0, "heads": all(count % sizes["heads"] == 0 for count in counts)}
+    return {name: getattr(axes, name) for name in fits if fits[name]}
+
+
+def _spec(name, x, names):
+    layout = ("heads",) if name == "log_decay" and x.ndim == 1 else _LAYOUT[name]
+    whole = {"heads"} if name in ("q", "k", "a", "b") and x.shape[2] == 1 else set()
+    return PartitionSpec(*(None if axis in whole else names.get(axis) for axis in layout))
