@@ -1,4 +1,5 @@
 """Properties of every family: causality, resets, padding, chunk sizes, decoding, memory, long sequences."""
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,10 @@ from tests.kernels.cases import FAMILIES, Shape, cast, relative_error
 SHAPE = Shape(B=1, T=40)
 HALF = SHAPE.T // 2  # not a multiple of the chunk of 16
 FORWARD = [f for f in FAMILIES if not f.options.get("reverse")]
+# XLA without its slow machine-code optimiser: the same buffers and arithmetic, for programs that run once.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+LONG = ("linear", "retention", "simple_gla", "gla", "rwkv6", "normalised", "gated_deltanet", "kda", "deltaproduct",
+        "rwkv7", "mlstm", "diagonal", "diagonal_complex")
 # One family per kernel whose chunk size matters.
 CHUNKED = [f for f in FAMILIES if f.name in ("retention", "simple_gla", "gla", "gated_deltanet", "kda", "rwkv7")]
 
@@ -93,14 +98,20 @@ def test_padded_tail_changes_nothing(family):
 
 @by_name(CHUNKED)
 def test_chunk_sizes_agree(family):
-    """T = 40 in chunks of 16 and 32, with states and gates, and in one chunk of 64 without."""
-    arrays = random_case(family, 3)
-    expected = compiled(family)(arrays, ones())[0]
-    assert relative_error(compiled(family, 32)(arrays, ones())[0], expected) < 1e-5
-    expected = compiled(family)(arrays | {"initial_state": no_state(arrays)}, ones())[0]
+    """T = 150 in chunks of 16 to 128, with states and gates; and in one chunk of 256 without a state."""
+    arrays = cast(family.make(np.random.default_rng(3), dataclasses.replace(SHAPE, T=150), "plain"), jnp.float32)
+
+    def run(chunk_size, arrays, final=True):
+        call = jax.jit(lambda arrays: family.call(arrays, None, "xla", final=final, chunk_size=chunk_size),
+                       compiler_options=FAST_COMPILE)
+        return call(arrays)[0]
+
+    expected = run(16, arrays)
+    for chunk_size in (64, 128):
+        assert relative_error(run(chunk_size, arrays), expected) < 1e-5
+    expected = run(16, arrays | {"initial_state": no_state(arrays)})
     del arrays["initial_state"]
-    one = jax.jit(lambda arrays: family.call(arrays, None, "xla", final=False, chunk_size=64)[0])
-    assert relative_error(one(arrays), expected) < 1e-5
+    assert relative_error(run(256, arrays, final=False), expected) < 1e-5
 
 
 @by_name(FORWARD)
@@ -121,57 +132,44 @@ def test_steps_continue_the_chunked_form(family):
         assert relative_error(o, whole[:, t]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["simple_gla", "kda"])
-def test_sequences_of_8192_tokens(name):
+@by_name([f for f in FORWARD if f.name in LONG])
+def test_sequences_of_8192_tokens(family):
     """Weak decay over 8k tokens: float32 stays within 1e-5 of float64, gradients included."""
-    family = next(f for f in FAMILIES if f.name == name)
     s = Shape(B=1, T=8192, H=1, G=1, K=8, V=8)
     rng = np.random.default_rng(5)
     arrays = family.make(rng, s, "plain")
-    arrays["log_decay"] = arrays["log_decay"] * 0.01
-    cotangent = rng.standard_normal((1, s.T, 1, s.V))
+    if "log_decay" in arrays:
+        arrays["log_decay"] = 0.01 * arrays["log_decay"].real + 1j * arrays["log_decay"].imag
+        arrays["log_decay"] = arrays["log_decay"] if family.name == "diagonal_complex" else arrays["log_decay"].real
+    cotangent = rng.standard_normal((1, s.T, 8))
 
     def grads(arrays, implementation, **options):
         def loss(arrays):
-            o = family.call(arrays, None, implementation, **options)[0]
-            return (o * cotangent.astype(o.dtype)).sum(), o
-        return jax.jit(jax.grad(loss, has_aux=True))(arrays)
+            o = family.call(arrays, None, implementation, **options)[0].real
+            return (o.reshape(cotangent.shape) * cotangent.astype(o.dtype)).sum(), o
+        return jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST_COMPILE)(arrays)
 
     result = grads(cast(arrays, jnp.float32), "xla")
     with jax.enable_x64(True):
-        rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), cast(arrays, jnp.float32))
-        expected = jax.tree.map(np.asarray, grads(cast(rounded, jnp.float64), "reference"))
+        expected = jax.tree.map(np.asarray, grads(cast(cast(arrays, jnp.float32), jnp.float64), "reference"))
     for x, y in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         assert relative_error(x, y) < 1e-5
 
 
-@pytest.mark.parametrize("name,multiple", [("simple_gla", 12), ("kda", 25)])
-def test_memory_is_linear_in_length(name, multiple):
-    """Peak temporaries of forward and backward: double with T, and stay below `multiple` times the inputs."""
-    family = next(f for f in FAMILIES if f.name == name)
-
+@by_name([f for f in FAMILIES if not f.options.get("reverse")])
+def test_memory_is_linear_in_length(family):
+    """Peak temporaries of forward and backward: about four times for four times T, below ten times the inputs."""
     def temporaries(length):
         s = Shape(B=1, T=length, H=1, G=1, K=32, V=32)
         arrays = jax.eval_shape(lambda: cast(family.make(np.random.default_rng(0), s, "plain"), jnp.float32))
         del arrays["initial_state"]
-        grad = jax.grad(lambda arrays: family.call(arrays, None, "xla", final=False)[0].sum())
-        memory = jax.jit(grad).lower(arrays).compile().memory_analysis()
-        return memory.temp_size_in_bytes, sum(x.size * 4 for x in arrays.values())
+        grad = jax.grad(lambda arrays: family.call(arrays, None, "xla", final=False)[0].real.sum())
+        memory = jax.jit(grad).lower(arrays).compile(FAST_COMPILE).memory_analysis()
+        return memory.temp_size_in_bytes, sum(x.size * x.dtype.itemsize for x in arrays.values())
 
-    (small, _), (large, inputs) = temporaries(512), temporaries(1024)
-    assert large < 2.1 * small
-    assert large < multiple * inputs
-
-
-@pytest.mark.parametrize("K,V", [(256, 128), (128, 256)])
-def test_heads_of_256_channels(K, V):
-    """KDA, the family with most parts, at the largest head sizes."""
-    family = next(f for f in FAMILIES if f.name == "kda")
-    s = Shape(B=1, T=40, H=1, G=1, K=K, V=V)
-    arrays = cast(family.make(np.random.default_rng(8), s, "plain"), jnp.float32)
-    o, state = compiled(family)(arrays, ones())
-    expected, last = jax.jit(lambda a: family.call(a, None, "reference"))(arrays)
-    assert relative_error(o, expected) < 1e-5 and relative_error(state, last) < 1e-5
+    (small, _), (large, inputs) = temporaries(2048), temporaries(8192)
+    assert large < 5 * small  # a square of T would be 16 times; placing the buffers is not exactly linear
+    assert large < 10 * inputs
 
 
 def test_segment_that_comes_back_is_a_new_segment():
