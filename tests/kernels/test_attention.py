@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import api, flops
+from pallas_kernels.tpu import attention as tpu_attention
 from pallas_kernels.xla import attention as xla_attention
 from tests.kernels.cases import relative_error
 from tests.kernels.test_flops import executed
@@ -76,6 +77,30 @@ def test_blocks_match_float64(case, dtype):
             assert not np.any(want[name]) and np.max(np.abs(got[name])) < tolerance
         else:
             assert relative_error(got[name], want[name]) < tolerance
+
+
+@pytest.mark.parametrize(("case", "length"), [("plain", 45), ("window", 300), ("sinks", 45)])
+def test_tpu_kernel_matches_float64(case, length):
+    """Splash attention, interpreted; 300 tokens are three of its blocks."""
+    names, options = CASES[case]
+    options = tuple((options | {"logit_cap": 2.0}).items())
+    arrays, ids, cotangent = inputs(names, length=length)
+    got, want = (
+        f(arrays, ids, cotangent, *rest) for f, rest in ((gradients, ("pallas_tpu", options)), (exact, (options,)))
+    )
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-5
+
+
+@pytest.mark.quick
+def test_tpu_kernel_lowers():
+    """Mosaic takes the forward and both backward kernels, K = 192 and V = 128 as in MLA included."""
+    shapes = (1, 200, 4, 192), (1, 200, 2, 192), (1, 200, 2, 128)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    options = dict(window=100, segment_ids=None, sinks=None, logit_cap=None, scale=0.1, interpret=False)
+    grad = jax.grad(lambda x: tpu_attention.attention(*x, **options).astype(jnp.float32).sum())
+    text = jax.jit(grad).trace(arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 3
 
 
 @pytest.mark.quick
@@ -183,6 +208,7 @@ def test_errors_name_the_argument():
         r"sinks.shape = \(3,\): must be \(4,\)": dict(sinks=jnp.ones(3)),
         "sinks = given: must be None with sigmoid_bias": dict(sinks=jnp.ones(4), sigmoid_bias=0.0),
         "implementation = 'cudnn' cannot run attention": dict(implementation="cudnn"),
+        "cannot run attention: no log_forget": dict(implementation="pallas_tpu", log_forget=jnp.zeros((1, 4, 4))),
     }.items():
         with pytest.raises(ValueError, match=message):
             api.attention(**(dict(q=q, k=q, v=q) | arguments))

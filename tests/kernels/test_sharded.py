@@ -71,6 +71,23 @@ def test_sharded_equals_one_device(mesh, name):
     assert jax.tree.leaves(got[1][1])[0].sharding.spec == PartitionSpec(rows, heads)
 
 
+def test_sharded_attention(mesh):
+    rng = np.random.default_rng(1)
+    q, k, sinks = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 11, 4, 8), (4, 11, 2, 8), (4,)))
+    ids = jnp.asarray(rng.random((4, 11)) < 0.2, jnp.int32)
+
+    def loss(q, k, sinks):
+        o = api.attention(q, k, k, segment_ids=ids, sinks=sinks, implementation="pallas_tpu")
+        return jnp.sum(jnp.sin(o)), o
+
+    run = compiled(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    want = run(q, k, sinks)
+    with on(mesh):
+        got = run(q, k, sinks)
+    assert_same(got, want)
+    assert got[1].sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+
+
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [
