@@ -35,15 +35,19 @@ def save(directory, step: int, state, keep: int = 0) -> None:
             shutil.rmtree(directory / str(old))
 
 
-def restore(directory, step: int, like):
+def restore(directory, step: int, like=None):
     """The checkpoint `step` in the structure of `like`: arrays or ShapeDtypeStructs, whose shardings are used.
 
-    Raises ConfigError, one line, when it has other paths, shapes or dtypes than `like`.
+    Without `like` a nested dict of what is stored. Raises ConfigError, one line, when it has other paths, shapes or
+    dtypes than `like`.
     """
     path = Path(directory).resolve() / str(step)
     if not path.is_dir():
         have = ", ".join(map(str, steps(directory))) or "none"
         raise ConfigError(f"checkpoint {step} in {directory}: no such checkpoint; there are: {have}")
+    if like is None:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path)
     wanted = {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(like)}
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(path).item_metadata.tree

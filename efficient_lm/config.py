@@ -108,6 +108,7 @@ class TrainConfig:
     ema: float = setting(0.0, "decay of the parameter average that is evaluated; 0 = none", low=0.0, high=1.0)
     init_from: str = setting("", "run directory whose last checkpoint starts this run (WSD branch from a trunk)")
     init_step: int = setting(0, "which checkpoint of init_from; 0 = the last", low=0)
+    upcycle_from: str = setting("", "dense run directory whose parameters a mixture of experts starts from")
     steps_per_call: int = setting(1, "optimizer steps per compiled call", low=1, volatile=True)
     log_every: int = setting(10, "steps between lines in metrics.jsonl", low=1, volatile=True)
     eval_every: int = setting(0, "steps between evaluations; 0 = only at the end", low=0, volatile=True)

@@ -28,6 +28,7 @@ from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer, make_schedule, warmup_steps
 from efficient_lm.recorder import Diverged, Recorder
 from efficient_lm.schema import ConfigError
+from efficient_lm.upcycle import upcycled
 
 EVAL_TOKENS = 4096  # tokens per evaluation batch, where a training batch isn't larger
 
@@ -188,6 +189,9 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     state = load_state(cfg, run.path / "ckpt", like)
     if state is None:
         state = jax.jit(init, out_shardings=shardings, compiler_options=hardware.compile_quickly(mesh))(key)
+        if opts.upcycle_from:
+            state["params"] = upcycled(opts.upcycle_from, state["params"])
+            state["ema"] = jax.tree.map(jnp.copy, state["params"]) if opts.ema else {}
     start = int(state["step"])
 
     # The compiled functions.

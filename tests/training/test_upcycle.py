@@ -1,0 +1,41 @@
+"""A mixture that starts from a dense run computes what that did, and trains on from there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_lm import checkpoint
+from efficient_lm.model import LM
+from efficient_lm.schema import ConfigError
+from efficient_lm.upcycle import upcycled
+
+DENSE = {"model.pattern": ["attention/ffn"], "model.ffns.ffn": {"kind": "dense", "d_ff": 24}}
+MOE = {"kind": "moe", "n_experts": 4, "n_shared": 0, "d_expert": 24}
+
+
+def test_the_new_model_computes_what_the_dense_one_did(small, train_one, tmp_path):
+    cfg = small(**DENSE)
+    dense = train_one(cfg, tmp_path / "dense")
+    params = checkpoint.restore(tmp_path / "dense" / "ckpt", 12)["params"]
+    changes = DENSE | {"model.ffns.ffn": MOE, "train.upcycle_from": str(tmp_path / "dense")}
+    moe = small(**changes)
+    lm = LM(moe.model)
+    start = upcycled(moe.train.upcycle_from, jax.jit(lm.init)(jax.random.key(0)))
+    tokens = jnp.arange(32).reshape(2, 16)
+    np.testing.assert_allclose(lm(start, tokens)[0], LM(cfg.model)(params, tokens)[0], rtol=1e-4, atol=1e-5)
+    info = train_one(moe, tmp_path / "moe")
+    assert info["status"] == "done" and info["final_loss"] < dense["final_loss"] + 0.05
+
+
+@pytest.mark.parametrize(
+    "moe, message",
+    [({"n_shared": 1}, "has no .*shared.*n_shared = 0"), ({"d_expert": 12}, r"is \(2, 24, 16\) there, which can't")],
+)
+def test_models_that_do_not_fit_are_refused(small, train_one, tmp_path, moe, message):
+    train_one(small(**DENSE), tmp_path / "dense")
+    cfg = small(**DENSE | {"model.ffns.ffn": MOE | moe, "train.upcycle_from": str(tmp_path / "dense")})
+    with pytest.raises(ConfigError, match=message):
+        train_one(cfg, tmp_path / "moe")
+    with pytest.raises(ConfigError, match="upcycle_from = '/nowhere': has no checkpoint"):
+        upcycled("/nowhere", {})
