@@ -3,7 +3,9 @@
     python -m analysis.compare --store runs/NAME --base attention --variant gla
 
 gain(C) = (compute that the base needs for the variant's loss at C) / C; above 1 the variant is the more efficient. It
-is what arXiv:2507.17702 calls efficiency leverage.
+is what arXiv:2507.17702 calls efficiency leverage. The same ratio is given for training tokens, for wall time and for
+forward FLOPs per token (the cost of use), each architecture at its compute-optimal size. Wall times mean something only
+if all runs had the same hardware to themselves.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import json
 import sys
 
 from analysis import cli
-from analysis.frontier import Frontier, compare, frontier_points
+from analysis.frontier import COSTS, Frontier, compare, frontier_points
 from analysis.load import DataError, Table, check_comparable, load_table
 from analysis.result import Options, plain
 from analysis.tables import number, with_interval
@@ -46,6 +48,12 @@ def text_table(comparison: dict) -> str:
         )
     if comparison.get("constant_gain"):
         lines.append(f"one gain at all compute (shared exponent): {with_interval(comparison['constant_gain'])}")
+    judged = comparison.get("judged", {})
+    for name, (title, _) in COSTS.items():
+        if name in judged:
+            entry = judged[name]
+            open_ = "" if entry["lo"] > 1 or entry["hi"] < 1 else ": not resolved"
+            lines.append(f"{title} at the same loss, base over variant: {with_interval(entry)}{open_}")
     lines += [f"note: {text}" for text in comparison["notes"]]
     return "\n".join([*lines, f"verdict: {comparison['verdict']}"])
 

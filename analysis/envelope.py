@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -116,7 +117,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m analysis.envelope",
         description="Compute-optimal size from the lower envelope of learning curves (approach 1).",
     )
-    out.add_argument("--store", required=True, metavar="PATH", help="run store runs/NAME")
+    out.add_argument("--store", required=True, metavar="PATH", help="run store runs/NAME, or a table with --curves")
+    out.add_argument("--curves", metavar="CSV", help="wandb history of the runs of the table (default: in the store)")
     out.add_argument("--out", metavar="FIT.JSON", help="write the result as JSON")
     cli.add_table_arguments(out)
     cli.add_fit_arguments(out, bootstrap=400)
@@ -128,10 +130,10 @@ def main(args: argparse.Namespace) -> None:
 
     cli.check_fit_arguments(args)
     table = load_table(args.store, required=("N", "D", "C", "loss"), **cli.table_options(args))
-    if "run_id" not in table.rows:
-        raise ValueError(f"--store {args.store}: learning curves are in a run store (a directory), not in a table")
+    if "run_id" not in table.rows or not (args.curves or Path(args.store).is_dir()):
+        raise ValueError(f"--store {args.store}: learning curves are in a run store (a directory): give --curves")
     options = Options(bootstrap=args.bootstrap, level=args.level, seed=args.seed)
-    fit = fit_envelope(load_curves(args.store), table, options)
+    fit = fit_envelope(load_curves(args.curves or args.store), table, options)
     print(summary(fit))
     if args.out:
         with open(args.out, "w") as file:

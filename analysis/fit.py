@@ -69,9 +69,9 @@ def fit_generic(law, table: Table, options: Options) -> Fit:
         if len(np.unique(values)) < 2:
             fit.refused = f"column {name!r} has one value only ({values[0]:g}): its exponent is not determined"
             return fit
-    grid = len(law.starts(prob.fix))
+    grid = -(-len(law.starts(prob.fix)) // options.thin)
     with _bar(grid, f"{law.name}: starts", options) as bar:
-        best = search.search(prob, progress=bar.update)
+        best = search.search(prob, thin=options.thin, progress=bar.update)
     sample = None
     if options.bootstrap:
         with _bar(options.bootstrap, f"{law.name}: bootstrap", options) as bar:

@@ -15,6 +15,12 @@ from analysis.isoflop import Profile, power_law, profiles
 from analysis.result import Options, interval
 
 GAMMAS = np.geomspace(0.01, 1.5, 200)
+# What else a run costs: title, and the value per run from columns C, D, wall_seconds.
+COSTS = {
+    "tokens": ("training tokens", lambda rows: rows["D"]),
+    "wall": ("wall time of training", lambda rows: rows["wall_seconds"]),
+    "inference": ("forward FLOPs per token", lambda rows: rows["C"] / (3 * rows["D"])),
+}
 
 
 @dataclass
@@ -33,6 +39,13 @@ class Frontier:
     gamma: float = np.nan
     k_draws: np.ndarray | None = None
     gamma_draws: np.ndarray | None = None
+    costs: dict[str, tuple] = field(default_factory=dict)  # A, a and their draws [draws] of cost(C) = A C^a
+
+    def cost(self, name: str, C, C_draws=None) -> tuple[np.ndarray, np.ndarray]:
+        """What the best size at C spends of a cost of COSTS: [points] and draws [draws, points] (paired to C_draws)."""
+        A, a, A_draws, a_draws = self.costs[name]
+        C = np.asarray(C, float)
+        return A * C**a, A_draws[:, None] * (C if C_draws is None else C_draws) ** a_draws[:, None]
 
     def law(self, C) -> tuple[np.ndarray, np.ndarray]:
         """L(C) [points] and its draws [draws, points]."""
@@ -81,7 +94,33 @@ def frontier_points(frame, name: str, options: Options | None = None) -> Frontie
         raise ValueError(f"{name}: {len(usable)} budgets with at least 4 sizes; a frontier needs 2")
     C = np.array([p.C for p in usable])
     draws = np.maximum(np.stack([p.best_draws for p in usable], 1), 1e-9)
-    return Frontier(name, C, np.array([p.best for p in usable]), draws, found, notes).with_floor(0.0, 0.0)
+    out = Frontier(name, C, np.array([p.best for p in usable]), draws, found, notes, costs=_costs(frame, usable))
+    return out.with_floor(0.0, 0.0)
+
+
+def _costs(frame, profiles: list[Profile]) -> dict[str, tuple]:
+    """Power laws in C of each cost that the frame has the columns for, at the best size within the sizes run.
+
+    Within a budget the logarithm of the cost is taken as linear in ln N.
+    """
+    out = {}
+    for name, (_, compute) in COSTS.items():
+        try:
+            every = np.log(compute(frame).astype(float))
+        except KeyError:
+            continue
+        if not np.isfinite(every).all():
+            continue
+        values, draws = [], []
+        for p in profiles:
+            best = p.x[np.argmin(p.loss)]
+            line = np.polynomial.Polynomial.fit(np.log(p.x), every.loc[p.rows].to_numpy(), 1)
+            sizes = np.where(np.isnan(p.x_draws), best, p.x_draws).clip(p.x.min(), p.x.max())
+            values.append(np.exp(line(np.log(p.x_opt if np.isfinite(p.x_opt) else best))))
+            draws.append(np.exp(line(np.log(sizes))))
+        C = [p.C for p in profiles]
+        out[name] = (*power_law(C, values), *power_law(C, np.stack(draws, 1)))
+    return out
 
 
 def share_floor(frontiers: list[Frontier]) -> tuple[list[Frontier], dict | None]:
@@ -129,7 +168,8 @@ def gain(base: Frontier, variant: Frontier, C) -> tuple[np.ndarray, np.ndarray]:
 def compare(base: Frontier, variant: Frontier, level: float = 0.95) -> dict:
     """Compares two architectures: gain at each common budget with intervals, its trend, and a verdict.
 
-    The floor is fitted to these two; `constant_gain` is the gain if gamma is shared too (None with few budgets). Only
+    The floor is fitted to these two; `constant_gain` is the gain if gamma is shared too (None with few budgets). Points
+    and `judged` also hold, for each of COSTS, what the base spends over what the variant spends at the same loss. Only
     compute within the range that both cover is judged; a loss that the base does not reach there is marked as
     extrapolated.
     """
@@ -153,7 +193,7 @@ def compare(base: Frontier, variant: Frontier, level: float = 0.95) -> dict:
     for i, c in enumerate(C):
         needed = value[i] * c
         points.append({
-            "C": float(c), "gain": interval(value[i], draws[:, i], level),
+            "C": float(c), "gain": interval(value[i], draws[:, i], level), **_cost_ratios(base, variant, c, level),
             "base_loss": interval(base.law([c])[0][0], base.law([c])[1][:, 0], level),
             "variant_loss": interval(variant.law([c])[0][0], variant.law([c])[1][:, 0], level),
             "extrapolated": bool(not base.C.min() * 0.97 <= needed <= base.C.max() * 1.03),
@@ -164,11 +204,12 @@ def compare(base: Frontier, variant: Frontier, level: float = 0.95) -> dict:
     at, at_draws = gain(base, variant, [judged])
     last = interval(at[0], at_draws[:, 0], level)
     out = {"base": base.name, "variant": variant.name, "points": points, "notes": notes}
-    out["judged"] = {"C": judged, "gain": last}
+    out["judged"] = {"C": judged, "gain": last, **_cost_ratios(base, variant, judged, level)}
     span = np.log(C[-1] / C[0])
     if span > 0:
         growth = np.log(draws[:, -1]) - np.log(draws[:, 0])
         out["trend"] = interval(np.log(value[-1] / value[0]) / span, growth / span, level)
+        out["crossover"] = _crossover(base, variant, C, out["trend"], level)
     out["floor"] = interval(base.floor, base.floor_draws, level) if shared else None
     out["constant_gain"] = None
     if shared:
@@ -178,11 +219,35 @@ def compare(base: Frontier, variant: Frontier, level: float = 0.95) -> dict:
     return out | {"verdict": _verdict(out, last, judged, level)}
 
 
+def _cost_ratios(base: Frontier, variant: Frontier, C: float, level: float) -> dict[str, dict]:
+    """What `base` spends over what `variant` spends for the loss of `variant` at C, each at its best size; by cost."""
+    need, need_draws = base.compute_for(*variant.law([C]))
+    out = {}
+    for name in base.costs.keys() & variant.costs.keys():
+        (b, b_draws), (v, v_draws) = base.cost(name, need, need_draws), variant.cost(name, [C])
+        out[name] = interval((b / v)[0], (b_draws / v_draws)[:, 0], level)
+    return out
+
+
+def _crossover(base: Frontier, variant: Frontier, C, trend: dict, level: float) -> dict:
+    """Compute at which both have the same loss, above a shared floor in closed form; the interval is over all draws.
+
+    `resolved` where the trend is, and the interval stays within a factor ten of the compute that was run.
+    """
+    with np.errstate(divide="ignore", over="ignore"):
+        at = np.exp(np.clip(np.log(base.k / variant.k) / (base.gamma - variant.gamma), -500, 500))
+        slope = base.gamma_draws - variant.gamma_draws
+        draws = np.exp(np.clip(np.log(base.k_draws / variant.k_draws) / slope, -500, 500))
+    out = interval(at, draws, level)
+    turns = trend["lo"] > 0 or trend["hi"] < 0
+    return {**out, "resolved": bool(turns and out["lo"] > C[0] / 10 and out["hi"] < 10 * C[-1])}
+
+
 def _verdict(out: dict, last: dict, C: float, level: float) -> str:
     where = f"at C = {C:.3g} FLOP (gain {last['value']:.2f}, {level:.0%} interval {last['lo']:.2f} to {last['hi']:.2f})"
     if not out["resolved"]:
-        return f"not resolved {where}: the interval includes 1"
-    if last["value"] > 1:
+        text = f"not resolved {where}: the interval includes 1"
+    elif last["value"] > 1:
         share = f"{1 / last['value']:.2f} times the compute of {out['base']}"
         text = f"{out['variant']} needs {share} for the same loss {where}"
     else:
@@ -190,11 +255,14 @@ def _verdict(out: dict, last: dict, C: float, level: float) -> str:
             f"{out['variant']} needs {1 / last['value']:.2f} times the compute of {out['base']}, that is more, {where}"
         )
     trend = out.get("trend")
-    if trend and trend["lo"] is not None:
+    if trend and trend["lo"] is not None and out["resolved"]:
         if trend["lo"] > 0:
             text += "; its advantage grows with compute"
         elif trend["hi"] < 0:
             text += "; its advantage shrinks with compute"
         else:
             text += "; no trend with compute is resolved"
+    crossing = out.get("crossover")
+    if crossing and crossing["resolved"]:
+        text += f"; they cross at C = {crossing['value']:.2g} [{crossing['lo']:.2g}, {crossing['hi']:.2g}]"
     return text

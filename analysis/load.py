@@ -1,4 +1,4 @@
-"""Run stores, CSV and parquet files and data frames -> one checked table of runs.
+"""Run stores, CSV and parquet files, wandb exports and data frames -> one checked table of runs.
 
 A row that a fit does not use is never dropped in silence: it moves to `Table.excluded` with the reason.
 Column names are those of the laws: `N` parameters, `D` training tokens, `C` training FLOPs, `loss` nats per token.
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from analysis import wandb_export
 
 N_ACCOUNTING = {"nonemb_head": "N_nonemb_head", "nonemb": "N_nonemb", "total": "N_total"}
 C_ACCOUNTING = {
@@ -159,12 +161,17 @@ def _planned_rows(store: Path) -> list[dict]:
 
 
 def load_curves(store, kind: str = "train") -> pd.DataFrame:
-    """Learning curves of one run directory or of all runs of a store, with a column `run_id`.
+    """Learning curves of a run directory, of all runs of a store, or of a wandb history (CSV), with a column `run_id`.
 
     A run that was killed and resumed repeats some (kind, step): the last occurrence counts. A line that is not
     complete JSON (torn by a kill) is ignored.
     """
     store = Path(store)
+    if store.is_file():
+        try:
+            return wandb_export.history(_read_file(store), kind)
+        except ValueError as err:
+            raise DataError(f"{store}: {err}") from None
     runs = [store] if (store / "metrics.jsonl").exists() else sorted(p for p in store.iterdir() if p.is_dir())
     rows = []
     for run in runs:
@@ -182,22 +189,35 @@ def load_curves(store, kind: str = "train") -> pd.DataFrame:
 
 
 def read(data, *, n: str = "nonemb_head", c: str = "model_causal") -> tuple[pd.DataFrame, str]:
-    """Reads a run store (directory), CSV (also .gz), parquet or data frame; returns the frame and what to call it."""
+    """Reads a run store (directory), CSV (also .gz), parquet or data frame; returns the frame and what to call it.
+
+    CSV, parquet and frames may be exports of wandb (`wandb_export`).
+    """
     if isinstance(data, pd.DataFrame):
-        return data.copy() if data.index.is_unique else data.reset_index(drop=True), "data frame"
-    path = Path(data)
-    if path.is_dir():
-        return load_runs(path, n=n, c=c), str(data)
+        frame, source = data.copy() if data.index.is_unique else data.reset_index(drop=True), "data frame"
+    elif Path(data).is_dir():
+        return load_runs(data, n=n, c=c), str(data)
+    else:
+        frame, source = _read_file(Path(data)), str(data)
+    if wandb_export.is_runs(frame):
+        try:
+            frame = wandb_export.runs(frame)
+        except ValueError as err:
+            raise DataError(f"{source}: {err}") from None
+    return frame, source
+
+
+def _read_file(path: Path) -> pd.DataFrame:
     if not path.exists():
-        raise DataError(f"data {str(data)!r} does not exist: give a CSV or parquet file, or a run store (directory)")
+        raise DataError(f"data {str(path)!r} does not exist: give a CSV or parquet file, or a run store (directory)")
     try:
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except Exception as err:  # every reader has its own error classes; the user needs one line
-        raise DataError(f"cannot read {data}: {str(err).splitlines()[0]}") from err
+        raise DataError(f"cannot read {path}: {str(err).splitlines()[0]}") from err
     if frame.empty:
-        raise DataError(f"{data} has no rows")
+        raise DataError(f"{path} has no rows")
     frame.index = pd.RangeIndex(1, len(frame) + 1, name="row")
-    return frame, str(data)
+    return frame
 
 
 # ------------------------------------------------------------------------------------- renaming, filters

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.colors import LinearSegmentedColormap, LogNorm  # noqa: E402
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter  # noqa: E402
 
 from analysis.frontier import Frontier  # noqa: E402
 from analysis.frontier import gain as gain_of  # noqa: E402
@@ -58,6 +58,18 @@ def _plain_log(axis, maximum: int = 6) -> None:
     axis.set_major_formatter(ScalarFormatter())
     axis.set_minor_locator(LogLocator(subs=[]))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _few_labels(axis) -> None:
+    """A log axis over one to two decades: minor labels at 2 and 5 only, so that they don't run into each other."""
+    lo, hi = sorted(axis.get_view_interval())
+    if hi / lo < 100:
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: _power(value) if f"{value:.0e}"[0] in "25" else ""))
+
+
+def _power(value: float) -> str:
+    digit, exponent = f"{value:.0e}".split("e")
+    return f"${digit}\\times10^{{{int(exponent)}}}$"
 
 
 def _budget(C: float) -> str:
@@ -145,6 +157,7 @@ def isoflop(profiles: dict[str, list[Profile]], *, level: float = 0.95, xlabel="
     axes[0, 0].set_xlim(sizes.min() / 1.3, sizes.max() * 1.3)
     axes[0, 0].set_ylim(losses.min() / 1.01, losses.max() * room)
     axes[0, 0].set_ylabel("final loss (nats/token)")
+    _few_labels(axes[0, 0].xaxis)
     _plain_log(axes[0, 0].yaxis)
     return figure
 
@@ -163,7 +176,13 @@ def parametric(fit, law, frame, *, title: str = ""):
     left.fill_between(span, span * 0.99, span * 1.01, color="0.5", alpha=0.15, lw=0, label="within 1 %")
     left.scatter(predicted, observed, c=C, cmap=COMPUTE, norm=norm, s=26, edgecolors="white", linewidths=0.5, zorder=3)
     left.set(
-        xscale="log", yscale="log", xlim=span, ylim=span, xlabel="predicted loss", ylabel="observed loss", title=title
+        xscale="log",
+        yscale="log",
+        xlim=span,
+        ylim=span,
+        xlabel="predicted loss",
+        ylabel="observed loss",
+        title=f"{title}: parametric fit" if title else "parametric fit",
     )
     left.text(0.03, 0.97, f"rms error {fit.quality['rmse_log']:.2%}", transform=left.transAxes, va="top")
     left.legend(loc="lower right")
@@ -187,6 +206,26 @@ def parametric(fit, law, frame, *, title: str = ""):
     )  # fmt: skip
     right.legend(loc="upper left")
     figure.colorbar(points, ax=right, label="training compute C (FLOP)", pad=0.02, aspect=30)
+    return figure
+
+
+@_styled
+def residuals(fit, law, frame, *, title: str = ""):
+    """Observed over predicted loss, minus 1, against parameters, tokens and compute: structure means a missing term."""
+    figure, axes = _figure(3, width=4.2, height=3.4, sharey=True)
+    x = {variable.name: frame[variable.name].to_numpy(float) for variable in law.variables}
+    rest = 100 * (frame[law.target.name].to_numpy(float) / law.predict(fit.values, x, np) - 1)
+    C = frame["C"].to_numpy(float) if "C" in frame else 6 * x["N"] * x["D"]
+    norm = _norm(C)
+    for ax, values, label in zip(
+        axes[0], (x["N"], x["D"], C), ("parameters N", "tokens D", "training compute C (FLOP)"), strict=True
+    ):
+        ax.axhline(0, color="0.5", lw=1)
+        ax.scatter(values, rest, c=C, cmap=COMPUTE, norm=norm, s=26, edgecolors="white", linewidths=0.5, zorder=3)
+        ax.set(xscale="log", xlabel=label)
+        _few_labels(ax.xaxis)
+    axes[0, 0].set(ylabel="observed - predicted loss (%)", title=f"{title}: residuals" if title else "residuals")
+    _colour_bar(figure, axes, norm)
     return figure
 
 
@@ -228,6 +267,7 @@ def frontiers(found: dict[str, Frontier], *, level: float = 0.95):
     right.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel="optimal parameters N*(C)")
     for ax in (left, right):
         ax.legend()
+        _few_labels(ax.xaxis)
     # a wide band must not squeeze the points into a corner
     sizes = np.concatenate([p.x for f in found.values() for p in f.profiles])
     right.set_ylim(sizes.min() / 1.5, sizes.max() * 1.5)
@@ -269,6 +309,7 @@ def gain(found: dict[str, Frontier], base: str, level: float = 0.95):
     ax.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel=f"gain over {base} (×)")
     ax.set_ylim(min(top) / 1.15, max(top) * 1.25)
     _plain_log(ax.yaxis)
+    _few_labels(ax.xaxis)
     ax.legend()
     return figure
 

@@ -1,12 +1,14 @@
 """One self-contained HTML file about a sweep: what was run, what was left out, the laws, and how far to trust them.
 
-python -m analysis.report --store runs/NAME --out report.html
+python -m analysis.report --store runs/NAME --out report.html [--figures DIR]
 """
 
 import argparse
 import base64
 import io
+import re
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,14 +16,20 @@ import numpy as np
 import pandas as pd
 
 from analysis import cli, tables
+from analysis.accounting import exponents
 from analysis.compare import compare_architectures
+from analysis.envelope import fit_envelope
 from analysis.fit import fit_law
-from analysis.frontier import Frontier, frontier_points, share_floor
+from analysis.frontier import COSTS, Frontier, frontier_points, share_floor
 from analysis.isoflop import next_sizes, power_law
 from analysis.laws import get_law
 from analysis.load import Table, check_comparable, load_curves, load_table
+from analysis.model_selection import select, verdict
 from analysis.result import Options
+from analysis.sensitivity import sensitivity
+from analysis.sensitivity import shown as columns_shown
 
+DRAWS = 200  # of tables that compare many fits
 N_MEANING = {
     "nonemb_head": "all parameters except the input embedding",
     "nonemb": "parameters without embedding and head",
@@ -49,9 +57,9 @@ def build(
     groups = {name: part for name, part in table.groups(axis).items() if len(part.rows)}
     base = base or next(iter(groups))
     frontiers: dict[str, Frontier] = {}
-    sections = []
+    sections, figures = [], {}
     for name, part in groups.items():
-        section = {"name": name, **_fits(part, options)}
+        section = {"name": name, **_fits(part, options), **_checks(part, curves, options)}
         try:
             frontiers[name] = frontier_points(part.rows, name, options)
         except ValueError as err:
@@ -59,16 +67,21 @@ def build(
         else:
             section["next"] = _next_cells(frontiers[name], part.rows)
         if section["fit"]:
-            picture = plots.parametric(
-                section["fit"], get_law("chinchilla"), part.rows, title=f"{name}: parametric fit"
-            )
-            section["parametric_plot"] = _svg(picture)
+            law = get_law("chinchilla")
+            figures[f"parametric {name}"] = plots.parametric(section["fit"], law, part.rows, title=name)
+            figures[f"residuals {name}"] = plots.residuals(section["fit"], law, part.rows, title=name)
         sections.append(section)
     variants = [name for name in frontiers if name != base]
     comparisons = []
     if base in frontiers and variants:
         _, comparisons = compare_architectures(table, base, variants, axis, options)
-    shown = dict(zip(frontiers, share_floor(list(frontiers.values()))[0], strict=True)) if frontiers else {}
+        figures["gain"] = plots.gain(frontiers, base, options.level)
+    if frontiers:
+        shown = dict(zip(frontiers, share_floor(list(frontiers.values()))[0], strict=True))
+        figures["isoflop"] = plots.isoflop({k: f.profiles for k, f in frontiers.items()}, level=options.level)
+        figures["frontiers"] = plots.frontiers(shown, level=options.level)
+    if curves is not None and len(curves) and "run_id" in table.rows:
+        figures["loss curves"] = plots.loss_curves(curves, table.rows, group=axis, excluded=table.excluded)
     return {
         "title": title,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -81,14 +94,7 @@ def build(
         "base": base,
         "comparisons": comparisons,
         "sections": sections,
-        "isoflop_plot": _svg(plots.isoflop({k: f.profiles for k, f in frontiers.items()}, level=options.level))
-        if frontiers
-        else None,
-        "frontier_plot": _svg(plots.frontiers(shown, level=options.level)) if frontiers else None,
-        "gain_plot": _svg(plots.gain(frontiers, base, options.level)) if comparisons else None,
-        "curves_plot": _svg(plots.loss_curves(curves, table.rows, group=axis, excluded=table.excluded))
-        if curves is not None and len(curves) and "run_id" in table.rows
-        else None,
+        "figures": figures,
         "bootstrap": options.bootstrap,
     }
 
@@ -98,8 +104,12 @@ def _fits(part: Table, options: Options) -> dict:
     law = get_law("chinchilla")
     out = {"fit": None, "fit_reason": None, "isoflop": None, "isoflop_reason": None}
     try:
-        fit = fit_law(law, part, options)
+        fit = fit_law(law, part, replace(options, profile=True))
         out["fit_reason"] = fit.refused
+        if "run_id" in part.rows:
+            names = {str(index): run for index, run in part.rows["run_id"].items()}
+            for entry in fit.quality.get("largest_residuals", []):
+                entry["row"] = names[entry["row"]]
         out["fit"] = fit if fit.params else None
     except ValueError as err:
         out["fit_reason"] = str(err)
@@ -108,6 +118,24 @@ def _fits(part: Table, options: Options) -> dict:
         out["isoflop_reason"] = out["isoflop"].refused
     except ValueError as err:
         out["isoflop_reason"] = str(err)
+    return out
+
+
+def _checks(part: Table, curves, options: Options) -> dict:
+    """Approach 1, choices that could have been made otherwise, accountings and other laws: each a list or a reason."""
+    few = replace(options, bootstrap=min(options.bootstrap, DRAWS), thin=20, progress=False)
+    out = {"envelope": None}
+    if curves is not None and len(curves) and "run_id" in part.rows:
+        out["envelope"] = fit_envelope(curves, part, few)
+    for key, compute in (
+        ("sensitivity", lambda: {law: sensitivity(law, part, few) for law in ("isoflop", "chinchilla")}),
+        ("accounting", lambda: exponents(part, options=few)),
+        ("laws", lambda: select(part, options=few)),
+    ):
+        try:
+            out[key] = compute()
+        except ValueError as err:
+            out[key], out[f"{key}_reason"] = [], str(err)
     return out
 
 
@@ -171,16 +199,27 @@ def _svg(figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def save_figures(figures: dict, folder) -> None:
+    """Each figure as NAME.svg and NAME.pdf, for a paper."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        for kind in ("svg", "pdf"):
+            figure.savefig(folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.{kind}")
+
+
 def render(context: dict) -> str:
+    """The page, from what `build` returned."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "number": tables.number, "interval": tables.with_interval, "count": tables.count, "duration": tables.duration,
-        "count_interval": tables.count_interval,
+        "count_interval": tables.count_interval, "columns": columns_shown,
     }  # fmt: skip
-    return environment.get_template("report.html").render(**context)
+    pictures = {name: _svg(figure) for name, figure in context["figures"].items()}
+    return environment.get_template("report.html").render(**context, pictures=pictures, verdict_of=verdict, costs=COSTS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -194,6 +233,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--base", help="architecture to compare with (default: the first in the table)")
     out.add_argument("--axis", default="arch", help="column that names the architecture (default arch)")
     out.add_argument("--title", help="heading (default: the name of the store)")
+    out.add_argument("--figures", metavar="DIR", help="also write every figure there as SVG and PDF")
     out.add_argument("--quiet", action="store_true", help="no progress bars, no message")
     cli.add_table_arguments(out)
     cli.add_fit_arguments(out)
@@ -218,6 +258,8 @@ def main(args: argparse.Namespace) -> None:
     context = build(table, curves=curves, base=args.base, axis=args.axis, options=options, title=title)
     context |= {"n_meaning": N_MEANING[args.n], "c_meaning": C_MEANING[args.c]}
     Path(args.out).write_text(render(context))
+    if args.figures:
+        save_figures(context["figures"], args.figures)
     if not args.quiet:
         print(f"{args.out}: {len(table.rows)} runs used, {len(table.excluded)} excluded")
         for comparison in context["comparisons"]:

@@ -23,6 +23,7 @@ class Options:
       seed_noise: known standard deviation of the loss between seeds, in nats (IsoFLOP minima only).
       weighted: weight each IsoFLOP minimum by 1/sigma^2 of its draws in the power law (otherwise all count the same).
       profile: also give every parameter's interval by profile likelihood (in `quality`).
+      thin: search from every thin-th start of the law's grid only, for tables of many fits.
       holdout: also fit without the dearest budget and predict it.
       progress: show a progress bar on standard error.
     """
@@ -37,6 +38,7 @@ class Options:
     seed: int = 0
     weighted: bool = False
     profile: bool = False
+    thin: int = 1
     holdout: bool = True
     progress: bool = False
 

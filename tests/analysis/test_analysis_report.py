@@ -56,11 +56,44 @@ def test_noise_gives_not_resolved(noisy_store):
     assert result["judged"]["gain"]["lo"] < 1 < result["judged"]["gain"]["hi"]
 
 
+def test_other_costs_at_equal_loss(compared):
+    """In this store both architectures spend 6 N FLOPs per token: ratios follow from the sizes of equal loss."""
+    _, (result,) = compared
+    C = result["judged"]["C"]
+    need = true_gain(C) * C
+    N = {arch: synthetic_store.optimum(arch, c) for arch, c in (("attention", need), ("gla", C))}
+    truth = {"inference": N["attention"] / N["gla"], "wall": 1.0}  # every run took 20 s
+    truth["tokens"] = true_gain(C) / truth["inference"]
+    for name, value in truth.items():
+        entry = result["judged"][name]
+        assert entry["lo"] <= value * 1.001 and value * 0.999 <= entry["hi"], name
+        assert entry["value"] == pytest.approx(value, rel=0.1), name
+    assert not result["crossover"]["resolved"]
+
+
+def test_crossover_of_two_power_laws():
+    """Losses 1.5 + k C^-gamma that meet at 1e18 FLOP, with little noise."""
+    rng, found = np.random.default_rng(0), []
+    C = np.geomspace(1e17, 1e19, 5)
+    for gamma in (0.10, 0.13):
+        k = 0.5 * 1e18**gamma
+        loss = 1.5 + k * C**-gamma
+        draws = 1.5 + (loss - 1.5) * np.exp(2e-3 * rng.standard_normal((400, 5)))
+        name = f"gamma {gamma}"
+        found.append(frontier.Frontier(name, C, loss, draws, []).with_floor(0.0, 0.0))
+    result = frontier.compare(*found)
+    crossing = result["crossover"]
+    assert crossing["resolved"] and crossing["lo"] < 1e18 < crossing["hi"]
+    assert crossing["value"] == pytest.approx(1e18, rel=0.1)
+    assert "they cross at C = " in result["verdict"] and "its advantage grows with compute" in result["verdict"]
+
+
 def test_compare_command_line(store, tmp_path, capsys):
     argv = ["--store", str(store), "--base", "attention", "--variant", "gla", "--bootstrap", "100", "--out",
             str(tmp_path / "c.json"), "--plot", str(tmp_path / "gain.png")]  # fmt: skip
     assert cli.run(compare.main, compare.parser(), argv) == 0
-    assert "verdict: gla needs" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "verdict: gla needs" in text and "forward FLOPs per token at the same loss, base over variant" in text
     assert json.loads((tmp_path / "c.json").read_text())[0]["variant"] == "gla"
     assert (tmp_path / "gain.png").stat().st_size > 5000
     assert cli.run(compare.main, compare.parser(), [*argv[:3], "dense", *argv[4:]]) == 2
@@ -94,7 +127,7 @@ def test_report_says_what_was_run_found_and_refused(store, tmp_path):
     assert cli.run(report.main, report.parser(), argv) == 0
     page = Checker((tmp_path / "r.html").read_text())
     text = " ".join(" ".join(page.text).split())
-    assert len(page.images) == 6 and all(image["src"].startswith("data:image/svg+xml") for image in page.images)
+    assert len(page.images) == 8 and all(image["src"].startswith("data:image/svg+xml") for image in page.images)
     assert "gla needs 0.6" in text
     for reason in ("loss is nan at step 40", "out of memory", "planned, not run", "done, but final_loss is missing"):
         assert reason in text
@@ -105,7 +138,7 @@ def test_report_says_what_was_run_found_and_refused(store, tmp_path):
 def test_report_of_a_poor_sweep_still_says_why(store):
     poor = load_table(store, where="N < 6000")
     context = report.build(poor, options=Options(bootstrap=50))
-    assert context["comparisons"] == [] and context["frontier_plot"] is None
+    assert context["comparisons"] == [] and context["figures"] == {}
     page = Checker(report.render(context))
     text = " ".join(" ".join(page.text).split())
     assert "too few points: 5 rows for 5 parameters" in text and "No comparison" in text
