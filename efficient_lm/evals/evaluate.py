@@ -5,20 +5,21 @@ import functools
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from efficient_lm import checkpoint, metrics, train
 from efficient_lm import config as configs
-from efficient_lm import metrics, train
 from efficient_lm.data import open_data
 from efficient_lm.data.batches import load_sources
 from efficient_lm.data.tasks import TASKS
 from efficient_lm.generate import load_run
 from efficient_lm.model import LM
-from efficient_lm.schema import ConfigError, to_dict
+from efficient_lm.schema import ConfigError, build, to_dict
 
-BATCH_TOKENS = 16384
+BATCH_TOKENS = 8192
 # Text runs: the tokens that a task may use are looked for in so many batches of the validation data.
 ALPHABET_BATCHES = 8
 TEXT_VOCAB = 64
@@ -80,7 +81,7 @@ def _eval_step(model: str):
 
 
 def _last_step(run) -> int:
-    return train.checkpoint.steps(train.Path(run) / "ckpt")[-1]
+    return checkpoint.steps(Path(run) / "ckpt")[-1]
 
 
 def _score(cfg, eval_step, params, data) -> dict:
@@ -123,7 +124,7 @@ def _open_task(cfg, spec: TaskSpec, length: int, rows: int, vocab_size: int):
     if data.vocab_size > allowed:
         has = "has a vocabulary of" if on_task else "has seen"
         raise ConfigError(f"--tasks {spec.name}: needs {data.vocab_size} tokens, but this run {has} {allowed}")
-    options = to_dict(configs.build(TASKS[spec.name], options, "config.data.task"))
+    options = to_dict(build(TASKS[spec.name], options, "config.data.task"))
     return data if on_task else Translated(data, tokens), options, data.vocab_size
 
 
