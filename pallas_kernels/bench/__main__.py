@@ -2,6 +2,11 @@
 
   python -m pallas_kernels.bench --op gla,softmax --shapes 1,512,4,64,64:1,2048,4,64,64 --out bench.json
 
+The table of a CPU, chunked forms against token loops and quadratic attention (about 3 minutes on 2 cores):
+
+  python -m pallas_kernels.bench --op simple_gla,gla,gated_deltanet,kda,rwkv7,softmax --implementations xla,reference \\
+    --shapes 1,512,4,64,64:1,2048,4,64,64:1,8192,4,64,64 --seconds 0.3 --out analysis/results/kernels/cpu_xla.json
+
 A shape is B,T,H,K,V. Peaks are measured on the device itself before anything else (a large matrix product, a copy), or
 given. The floor of a call is the longer of two times: ideal bytes (inputs and outputs once; twice more for the backward
 pass) at the peak bandwidth, idealised FLOPs (three times the forward for forward + backward) at the peak rate.
@@ -21,10 +26,10 @@ IMPLEMENTATIONS = ("auto", *dispatch.IMPLEMENTATIONS)
 
 
 def seconds(run, *args, limit):
-    """Median time of a compiled call; at least 3 calls, then until `limit` seconds have passed."""
+    """Median time of a compiled call: calls for `limit` seconds, and at least 3 unless they take 5 times as long."""
     jax.block_until_ready(run(*args))
     times = []
-    while len(times) < 3 or sum(times) < limit:
+    while sum(times) < (limit if len(times) >= 3 else 5 * limit):
         start = time.perf_counter()
         jax.block_until_ready(run(*args))
         times.append(time.perf_counter() - start)
