@@ -1,0 +1,130 @@
+"""Times the Chinchilla fit beside the usual procedure: scipy's L-BFGS from one start after the other.
+
+    python -m analysis.bench [--data points.csv --columns 'N=Model Size,C=Training FLOP,D=C/(6*N)' --drop-highest 5]
+
+Both minimise the same sum of Huber losses on the same points (240 synthetic ones without --data): 4500 starts of the
+published grid (arXiv:2404.10102), then bootstrap refits that begin at the optimum. scipy works through a random sample
+of the starts and of the refits, once with gradients by finite differences, as the published replication does, and once
+with exact ones; its times are scaled up to all of them. Times with compilation are those of a first call.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import numpy as np
+
+from analysis import cli
+from analysis.laws import get_law
+from analysis.load import load_table
+from analysis.result import plain
+
+
+def ours(prob, draws: int) -> dict:
+    """Search from the whole grid and bootstrap, compilation included and not; `z` is the optimum."""
+    from analysis import search, uncertainty  # scipy and JAX are slow to import
+
+    out = {}
+    for attempt in ("with compilation", "again"):
+        began = time.perf_counter()
+        best = search.search(prob)
+        middle = time.perf_counter()
+        uncertainty.bootstrap(prob, best, draws)
+        out[attempt] = {"grid_s": middle - began, "bootstrap_s": time.perf_counter() - middle}
+    return {**out, "objective": best.objective, "share_at_best": best.share_at_best, "z": best.z}
+
+
+def objective(prob, exact: bool):
+    """In numpy, of z = (ln E, ln A, ln B, alpha, beta), uncentred, and weights [n]: value, or value and gradient."""
+    log_N, log_D, log_loss = np.log(prob.x["N"]), np.log(prob.x["D"]), np.log(prob.y)
+
+    def evaluate(z, weights):
+        terms = np.stack([np.full(len(log_N), z[0]), z[1] - z[3] * log_N, z[2] - z[4] * log_D])
+        total = np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2])
+        r = total - log_loss
+        size = np.abs(r)
+        value = np.sum(weights * np.where(size <= prob.delta, r * r / 2, prob.delta * (size - prob.delta / 2)))
+        if not exact:
+            return value
+        slope = weights * np.clip(r, -prob.delta, prob.delta) * np.exp(terms - total)
+        return value, np.array([*slope.sum(1), -slope[1] @ log_N, -slope[2] @ log_D])
+
+    return evaluate
+
+
+def usual(prob, best: dict, draws: int, sample: int, exact: bool, seed: int = 0) -> dict:
+    """The same with scipy on `sample` starts and refits; seconds scaled up to all."""
+    import scipy.optimize
+
+    rng, evaluate = np.random.default_rng(seed), objective(prob, exact)
+
+    def run(start, weights):
+        return scipy.optimize.minimize(evaluate, start, args=(weights,), jac=exact, method="L-BFGS-B").fun
+
+    starts, ones = prob.law.starts(), np.ones(len(prob.y))
+    chosen = starts[rng.choice(len(starts), min(sample, len(starts)), replace=False)]
+    began = time.perf_counter()
+    found = np.array([run(start, ones) for start in chosen])
+    middle = time.perf_counter()
+    z = np.array([prob.law.parameter(name).to_search(value) for name, value in prob.params(best["z"]).items()])
+    for _ in range(min(sample, draws)):
+        run(z, rng.multinomial(len(ones), ones / len(ones)).astype(float))
+    end = time.perf_counter()
+    return {
+        "grid_s": (middle - began) * len(starts) / len(chosen),
+        "bootstrap_s": (end - middle) * draws / min(sample, draws),
+        "timed": len(chosen),
+        "share_at_best": float(np.mean(found <= best["objective"] * 1.001)),
+        "best_over_ours": float(found.min() / best["objective"]),
+    }
+
+
+def text_table(out: dict) -> str:
+    rows = [("ours, first call", out["ours"]["with compilation"], out["ours"]["share_at_best"]),
+            ("ours, again", out["ours"]["again"], out["ours"]["share_at_best"])]  # fmt: skip
+    for name, what in (("numeric", "scipy, numeric gradient"), ("exact", "scipy, exact gradient")):
+        rows.append((f"{what} ({out[name]['timed']} timed)", out[name], out[name]["share_at_best"]))
+    lines = [f"{out['n']} points, 4500 starts, {out['draws']} bootstrap refits"]
+    lines.append(f"{'':<42} {'starts (s)':>11} {'refits (s)':>11} {'starts at optimum':>18}")
+    for name, times, share in rows:
+        lines.append(f"{name:<42} {times['grid_s']:>11.1f} {times['bootstrap_s']:>11.1f} {share:>18.0%}")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        prog="python -m analysis.bench", description="Times the Chinchilla fit beside scipy's L-BFGS, start by start."
+    )
+    out.add_argument("--data", metavar="PATH", help="points with N, D, loss (default: 240 synthetic ones)")
+    out.add_argument("--draws", type=int, default=4000, help="bootstrap refits (default 4000)")
+    out.add_argument("--sample", type=int, default=45, help="starts and refits that scipy is timed on (default 45)")
+    out.add_argument("--out", metavar="BENCH.JSON", help="write the numbers as JSON")
+    cli.add_table_arguments(out)
+    return out
+
+
+def main(args: argparse.Namespace) -> None:
+    from analysis.search import problem
+
+    for flag, value in (("--draws", args.draws), ("--sample", args.sample)):
+        if value < 1:
+            raise ValueError(f"{flag} {value}: must be positive")
+    law = get_law("chinchilla")
+    if args.data:
+        rows = load_table(args.data, required=law.columns, **cli.table_options(args)).rows
+    else:
+        rows = law.simulate(n=240, noise=5e-3)
+    prob = problem(law, rows)
+    found = ours(prob, args.draws)
+    out = {"n": len(prob.y), "draws": args.draws, "ours": found}
+    for name, exact in (("numeric", False), ("exact", True)):
+        out[name] = usual(prob, found, args.draws, args.sample, exact)
+    print(text_table(out))
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(plain(out), file, indent=1)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, parser()))
