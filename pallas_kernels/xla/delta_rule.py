@@ -12,7 +12,8 @@ The inverse and both scores are parallel over chunks; the scan holds two product
 U = T R, the inverse needs no derivative of its own: dR = T^T dU and dL = -strictly lower (dR U^T).
 
 Products take float32 operands whatever the inputs, as in the TPU kernels: with beta near 2 and similar keys outputs are
-differences of large terms, and bfloat16 operands leave errors of 2 to 19 %.
+differences of large terms, and bfloat16 operands leave errors of 2 to 19 %. There I + L has condition number of about
+C^2 (340 at C = 16, 4200 at 64), so float32 itself leaves 5e-6 at C = 16 and 1e-5 at 64, where the token loop has 1e-6.
 """
 import functools
 
