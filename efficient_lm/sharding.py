@@ -23,6 +23,7 @@ BATCH = ("data", "fsdp")
 # are split the other way round, so that a tensor-parallel block needs one reduction.
 RULES = (
     (r"(embed|head)/table$", ("tensor", "fsdp")),
+    (r"/experts/\w+/kernel$", ("fsdp", None, None)),
     (r"(^|/)(o|down|out|o_proj|out_proj)/kernel$", ("tensor", "fsdp")),
     (r"/kernel$", ("fsdp", "tensor")),
     (r"", ("fsdp", "tensor")),

@@ -35,6 +35,7 @@ def expand(dense, fresh, where: str = "upcycle"):
         name = path_of(path)
         if name.rpartition("/")[2] in NEW:
             return leaf
+        name = name.replace("/experts/", "/")
         if name not in dense:
             raise ConfigError(f"{where}: the dense run has no {name}; a mixture from it has n_shared = 0")
         value = jnp.asarray(dense[name])

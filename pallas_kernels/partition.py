@@ -47,6 +47,11 @@ def use_mesh(mesh, batch_axes, head_axes=()):
         _axes.reset(token)
 
 
+def current_axes():
+    """(mesh, batch axes, head axes) of `use_mesh`; None outside of it and inside `jax.shard_map`."""
+    return None if _inside_shard_map() else _axes.get()
+
+
 def _inside_shard_map():
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 

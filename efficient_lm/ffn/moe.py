@@ -5,6 +5,7 @@ Sizes in the words of the Efficiency Leverage paper (2507.17702): activation rat
 Krajewski et al. (2402.07871) call 4 d_model / d_expert the granularity.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_lm.ffn import dispatch, routing
+from efficient_lm.ffn import dispatch, expert_parallel, routing
 from efficient_lm.ffn.activations import activation_params, find_activation, make_activation
 from efficient_lm.ffn.base import FFN, FFNS, FFNConfig
 from efficient_lm.ffn.dense import Dense, DenseConfig
@@ -47,11 +48,14 @@ class MoEConfig(FFNConfig):
     temperature: float = setting(1.0, "of the router's logits at the start (dense to sparse)", low=1.0)
     temperature_decay: float = setting(0.999, "factor on the temperature per step, down to 1", low=0.0, high=1.0)
     capacity_factor: float = setting(0.0, "rows per expert and sequence / mean load; 0 = dropless", low=0.0)
+    parallel: str = setting(
+        "data",
+        "on several devices: 'data' gathers the experts' weights, 'expert' splits experts over mesh axis fsdp",
+        choices=("data", "expert"),
+    )
+    exchange_factor: float = setting(2.0, "expert parallel: rows from device to device / mean", low=0.1)
     implementation: str = setting(
-        "auto",
-        "experts: 'dense' runs all on every token (exact and slow), 'grouped' sorts tokens by expert",
-        choices=("auto", "dense", "grouped"),
-        volatile=True,
+        "sorted", "'dense' runs all experts on every token: exact, slow", choices=("sorted", "dense"), volatile=True
     )
 
     def width(self, d_model: int) -> int:
@@ -77,13 +81,32 @@ class Experts(nnx.Module):
     def __init__(self, make, n_experts: int, d_in: int, d_out: int):
         self.kernel = make.matrix(d_in, d_out, copies=n_experts)
 
+
+class Bank(nnx.Module):
+    """The hidden layers of all routed experts."""
+
+    def __init__(self, cfg, model, make):
+        d, width, n = model.d_model, cfg.width(model.d_model), cfg.n_experts
+        self.up = Experts(make, n, d, width)
+        self.gate = Experts(make, n, d, width) if cfg.glu else None
+        self.down = Experts(make, n, width, d)
+        self.act = make_activation(cfg.activation, make)
+
     def dense(self, x):
-        """[N, d_in] or [E, N, d_in] -> [E, N, d_out], every expert on its tokens or on all."""
-        return jnp.matmul(x, self.kernel[...].astype(x.dtype))
+        """[N, d] or [E, N, d] -> [E, N, d]: every expert on all tokens, or on its own."""
+        return self._apply(jnp.matmul, x)
 
     def grouped(self, x, sizes):
-        """Rows [S, d_in] sorted by expert, `sizes` [E] rows each -> [S, d_out]."""
-        return api.grouped_matmul(x, self.kernel[...].astype(x.dtype), sizes)
+        """Rows [S, d] sorted by expert, `sizes` [E] rows each -> [S, d]."""
+        return self._apply(lambda x, kernel: api.grouped_matmul(x, kernel, sizes), x)
+
+    def _apply(self, product, x):
+        def through(layer, x):
+            return product(x, layer.kernel[...].astype(x.dtype))
+
+        up = through(self.up, x)
+        hidden = self.act(up) if self.gate is None else self.act(through(self.gate, x)) * up
+        return through(self.down, hidden)
 
 
 @FFNS.register("moe")
@@ -94,12 +117,9 @@ class MoE(FFN):
 
     def __init__(self, cfg, model, make):
         self.cfg = cfg
-        d, width, n = model.d_model, cfg.width(model.d_model), cfg.n_experts
+        d, n = model.d_model, cfg.n_experts
         self.router = make.matrix(d, n)
-        self.up = Experts(make, n, d, width)
-        self.gate = Experts(make, n, d, width) if cfg.glu else None
-        self.down = Experts(make, n, width, d)
-        self.act = make_activation(cfg.activation, make)
+        self.experts = Bank(cfg, model, make)
         self.shared = Dense(cfg.shared(d), model, make) if cfg.n_shared else None
         self.bias = make.state(jnp.zeros(n)) if cfg.bias_rate else None
         self.load = make.state(jnp.ones(n)) if cfg.balance_scope == "step" else None
@@ -120,7 +140,7 @@ class MoE(FFN):
         ids = None if ctx is None else ctx.segment_ids
         real = jnp.ones(len(tokens)) if ids is None else (ids.reshape(-1) > 0).astype(jnp.float32)
         aux = routing.statistics(logits, routed, real)
-        if cfg.capacity_factor:
+        if cfg.capacity_factor or cfg.parallel == "expert":
             aux["router_dropped"] = routing.masked_mean(dropped, real)
         if cfg.balance:
             parts = rows if cfg.balance_scope == "sequence" else 1
@@ -136,28 +156,14 @@ class MoE(FFN):
         """x [N, d] -> weighted sum of the chosen experts [N, d], share of choices dropped [N]."""
         cfg = self.cfg
         if cfg.implementation == "dense":
-            outputs = self._hidden(lambda layer, x: layer.dense(x), x)
             weights = routed.weights[:, :, None] * routing.one_hot(routed.experts, routed.probabilities)
-            return jnp.einsum("ne,end->nd", jnp.sum(weights, axis=1), wide(outputs)), jnp.zeros(len(x))
-        if cfg.capacity_factor:
-            capacity = cfg.rows_per_expert(len(x) // rows)
-            slots, sources = dispatch.assign_capacity(routed.experts, cfg.n_experts, rows, capacity)
-            packed = dispatch.scatter_tokens(x, slots, sources).reshape(rows, cfg.n_experts, capacity, -1)
-            packed = jnp.swapaxes(packed, 0, 1).reshape(cfg.n_experts, rows * capacity, -1)
-            outputs = self._hidden(lambda layer, x: layer.dense(x), packed)
-            outputs = jnp.swapaxes(outputs.reshape(cfg.n_experts, rows, capacity, -1), 0, 1).reshape(-1, x.shape[-1])
-        else:
-            slots, sources, sizes = dispatch.sort_by_expert(routed.experts, cfg.n_experts)
-            packed = dispatch.scatter_tokens(x, slots, sources)
-            outputs = self._hidden(lambda layer, x: layer.grouped(x, sizes), packed)
-        chosen = wide(dispatch.gather_choices(outputs, slots, sources))
-        dropped = jnp.mean((slots == len(sources)).astype(jnp.float32), axis=-1)
-        return jnp.einsum("nk,nkd->nd", routed.weights, chosen), dropped
-
-    def _hidden(self, apply, x):
-        up = apply(self.up, x)
-        hidden = self.act(up) if self.gate is None else self.act(apply(self.gate, x)) * up
-        return apply(self.down, hidden)
+            outputs = wide(self.experts.dense(x))
+            return jnp.einsum("ne,end->nd", jnp.sum(weights, axis=1), outputs), jnp.zeros(len(x))
+        mixed = functools.partial(mix, cfg)
+        devices = expert_parallel.shards(rows)
+        if devices is None:
+            return mixed(self.experts, x, routed.experts, routed.weights, rows)
+        return expert_parallel.run(devices, cfg, mixed, self.experts, x, routed.experts, routed.weights, rows)
 
     @staticmethod
     def next_state(cfg, params, observed):
@@ -181,6 +187,8 @@ class MoE(FFN):
             raise ConfigError(f"{path}.top_groups = {cfg.top_groups}: must be at most n_groups = {cfg.n_groups}")
         if cfg.top_k > limit:
             raise ConfigError(f"{path}.top_k = {cfg.top_k}: must be at most the {limit} experts to choose from")
+        if cfg.capacity_factor and cfg.parallel == "expert":
+            raise ConfigError(f"{path}.capacity_factor = {cfg.capacity_factor}: must be 0 with parallel = 'expert'")
         if cfg.top_k == 1 and cfg.normalise and cfg.n_experts > 1:
             raise ConfigError(f"{path}.normalise = True: must be False with top_k = 1 (no gradient to the router)")
 
@@ -203,6 +211,24 @@ class MoE(FFN):
     @classmethod
     def active_param_count(cls, cfg, model):
         return _parameters(cfg, model, cfg.top_k)
+
+
+def mix(cfg, bank, x, experts, weights, rows, exchange=None):
+    """x [N, d] of `rows` sequences -> weighted sum of the chosen experts [N, d], share of choices dropped [N]."""
+    if exchange is not None:
+        chosen, lost = exchange(bank.grouped, x, experts)
+    elif cfg.capacity_factor:
+        shape = rows, cfg.n_experts, cfg.rows_per_expert(len(x) // rows), -1
+        slots, sources = dispatch.assign_capacity(experts, cfg.n_experts, rows, shape[2])
+        packed = jnp.swapaxes(dispatch.scatter_tokens(x, slots, sources).reshape(shape), 0, 1)
+        outputs = bank.dense(packed.reshape(cfg.n_experts, rows * shape[2], -1))
+        outputs = jnp.swapaxes(outputs.reshape(packed.shape), 0, 1).reshape(-1, x.shape[-1])
+        chosen, lost = dispatch.gather_choices(outputs, slots, sources), slots == len(sources)
+    else:
+        slots, sources, sizes = dispatch.sort_by_expert(experts, cfg.n_experts)
+        outputs = bank.grouped(dispatch.scatter_tokens(x, slots, sources), sizes)
+        chosen, lost = dispatch.gather_choices(outputs, slots, sources), jnp.zeros(slots.shape, bool)
+    return jnp.einsum("nk,nkd->nd", weights, wide(chosen)), jnp.mean(lost.astype(jnp.float32), axis=-1)
 
 
 def _expert(cfg, model) -> int:

@@ -100,8 +100,7 @@ def test_one_expert_is_a_dense_ffn():
     apply, params, cfg = moe(n_experts=1, top_k=1, n_shared=0)
     model = from_dict({"model": {"d_model": D, "ffns": {"dense": {"d_ff": cfg.width(D)}}}}).model
     part = Part(lambda key, layer=0: FFNS["dense"](model.ffns["dense"], model, Maker(key, model, layer)), 0)
-    one = {name: {"kernel": params[name]["kernel"][0]} for name in ("up", "gate", "down")}
-    one |= {name: value for name, value in part.init(jax.random.key(0), 0).items() if name not in one}
+    one = {name: {"kernel": params["experts"][name]["kernel"][0]} for name in ("up", "gate", "down")}
     x = x_of(4)
     np.testing.assert_allclose(apply(params, x)[0], part.bind(one)(x, Context())[0], rtol=1e-5, atol=1e-6)
 
@@ -109,10 +108,10 @@ def test_one_expert_is_a_dense_ffn():
 def test_split_experts_with_the_same_routing_are_the_coarse_ones():
     apply, params, _ = moe(n_experts=4, top_k=2, n_shared=0, d_expert=8, glu=True)
     halves, split, _ = moe(n_experts=8, top_k=4, n_shared=0, d_expert=4, glu=True, route_scale=2.0)
-    split = dict(split, router=jnp.repeat(params["router"], 2, axis=1))
+    split = split | {"router": jnp.repeat(params["router"], 2, axis=1), "experts": dict(split["experts"])}
     for name, axis in (("up", 2), ("gate", 2), ("down", 1)):
-        pieces = jnp.stack(jnp.split(params[name]["kernel"], 2, axis), 1)
-        split[name] = {"kernel": pieces.reshape(8, *pieces.shape[2:])}
+        pieces = jnp.stack(jnp.split(params["experts"][name]["kernel"], 2, axis), 1)
+        split["experts"][name] = {"kernel": pieces.reshape(8, *pieces.shape[2:])}
     x = x_of(5)
     np.testing.assert_allclose(halves(split, x)[0], apply(params, x)[0], rtol=1e-5, atol=1e-6)
 
@@ -211,6 +210,7 @@ def test_statistics_ignore_padding():
         ({"n_groups": 3}, "n_groups = 3: must divide n_experts = 8"),
         ({"n_groups": 4, "top_groups": 5}, "top_groups = 5: must be at most n_groups"),
         ({"n_groups": 4, "top_k": 3}, "top_k = 3: must be at most the 2 experts"),
+        ({"capacity_factor": 1.0, "parallel": "expert"}, "capacity_factor = 1.0: must be 0 with parallel"),
         ({"top_k": 1}, "normalise = True: must be False with top_k = 1"),
         ({"activation": "reul"}, "did you mean 'relu'"),
     ],

@@ -104,3 +104,12 @@ def test_killed_and_resumed_is_bit_equal(small, train_one, tmp_path):
 def read_last(path):
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == "train"][-1]
+
+
+def test_the_loop_trains_experts_split_over_devices(small, train_one, tmp_path):
+    settings = MOE | {"model.ffns.moe": MOE["model.ffns.moe"] | {"parallel": "expert", "exchange_factor": 4.0}}
+    one = train_one(small(**settings), tmp_path / "one")
+    many = train_one(small(**settings, **{"mesh.fsdp": 4}), tmp_path / "many", devices=jax.devices()[:4])
+    assert many["hardware"]["n_devices"] == 4
+    assert many["final_loss"] == pytest.approx(one["final_loss"], rel=1e-3)
+    assert read_last(tmp_path / "many")["router_dropped"] == 0
