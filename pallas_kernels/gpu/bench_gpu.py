@@ -34,6 +34,8 @@ def linear_inputs(decay):
         q, k, v = (jax.random.normal(key, (b, t, h, d), jnp.bfloat16) for key in keys[:3])
         if decay == "none":
             return q, k, v
+        if decay == "channel":
+            return q, k, v, (jax.nn.log_sigmoid(jax.random.normal(keys[3], (b, t, h, d))) / 16).astype(jnp.bfloat16)
         gates = jax.random.normal(keys[3], {"head": (h,), "token": (b, t, h)}[decay])
         return q, k, v, -jnp.exp(gates - 3.0)
     return make
@@ -51,8 +53,9 @@ def delta_inputs(decay):
 
 # name: (inputs, ours, XLA, reference, peer's name, floor's terms)
 OPS = {f"linear_attention/{decay}": (linear_inputs(decay), gpu_linear.linear_attention, xla_linear.linear_attention,
-                                     reference.linear_attention, peer, "linear")
-       for decay, peer in (("token", "simple_gla"), ("head", "lightning"), ("none", None))}
+                                     reference.linear_attention, peer, family)
+       for decay, peer, family in (("token", "simple_gla", "linear"), ("head", "lightning", "linear"),
+                                   ("none", None, "linear"), ("channel", "gla", "channel"))}
 OPS |= {f"delta_rule/{decay}": (delta_inputs(decay), gpu_delta.delta_rule, xla_delta.delta_rule, reference.delta_rule,
                                 peer, "delta")
         for decay, peer in (("token", "gated_delta_rule"), ("none", "delta_rule"))}
@@ -61,7 +64,8 @@ OPS |= {f"delta_rule/{decay}": (delta_inputs(decay), gpu_delta.delta_rule, xla_d
 def flops_and_bytes(family, backward, b, t, h, d):
     """Model FLOPs of the chunked algorithm (chunk 64) and compulsory bytes, forward or forward + backward."""
     tokens, c = b * t * h, CHUNK
-    forward, back, gates = {"linear": (4 * c * d + 4 * d * d, 10 * c * d + 10 * d * d, 4),
+    linear = 4 * c * d + 4 * d * d, 10 * c * d + 10 * d * d
+    forward, back, gates = {"linear": (*linear, 4), "channel": (*linear, 2 * d),
                             "delta": (10 * c * d + 6 * d * d + c * c, 28 * c * d + 16 * d * d + 4 * c * c, 8)}[family]
     flops, size = forward, 8 * d + gates
     if backward:

@@ -1,7 +1,8 @@
-"""Linear attention with no decay, a constant decay per head or one per token, on Hopper GPUs through Pallas Mosaic GPU.
+"""Linear attention on Hopper GPUs through Pallas Mosaic GPU: no decay, or one per head, token or channel.
 
-Serves linear attention (2006.16236), RetNet (2307.08621), Lightning Attention (2401.04658), Mamba-2 (2405.21060) and
-sigmoid-gated mLSTM. States are float32 and stay on chip; residuals are the inputs and one state per piece of T.
+Serves linear attention (2006.16236), RetNet (2307.08621), Lightning Attention (2401.04658), Mamba-2 (2405.21060),
+sigmoid-gated mLSTM and, through `channel_decay`, GLA and HGRN2. The rest of this file is the scalar decay: states are
+float32 and stay on chip; residuals are the inputs and one state per piece of T.
 
 The gradient of the gates needs no product of its own, see `gates.gate_gradient`; the kernels take its float32 row sums.
 """
@@ -11,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from pallas_kernels.gpu import channel_decay
 from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
 from pallas_kernels.gpu.gates import chunk_decays, gate_gradient, pad_tokens, token_decays
+from pallas_kernels.gpu.pieces import count_pieces, piece_states
 from pallas_kernels.gpu.tiles import CHUNK, not_hopper
 from pallas_kernels.steps import repeat_heads
 
-PROGRAMS = {64: 264, 128: 132}  # resident programs of one H100 (132 multiprocessors), by value head size
-MIN_PIECE_CHUNKS = 8
 SAVE_EVERY = 4  # chunks between the states saved for the gradient of the gates
 
 
@@ -34,8 +35,8 @@ def supports(q, k, v, log_decay=None, *, chunk_size=None, **_):
     for name, size in (("key", q.shape[-1]), ("value", v.shape[-1])):
         if size not in (64, 128):
             return f"{name} head size must be 64 or 128, got {size}"
-    if log_decay is not None and log_decay.ndim not in (1, 3):
-        return f"log_decay must be None, [H] or [B, T, H], got {log_decay.shape}"
+    if log_decay is not None and log_decay.ndim == 4 and log_decay.dtype != jnp.bfloat16:
+        return f"a decay per channel must be bfloat16, got {log_decay.dtype}"
     return None
 
 
@@ -44,7 +45,7 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
 
     Args:
       q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K and V in {64, 128}, any T.
-      log_decay: None, [H] or [B, T, H], natural log, <= 0.
+      log_decay: None, [H], [B, T, H] or, in bf16, [B, T, H, K]; natural log, <= 0.
       initial_state: float32 [B, H, K, V] or None for zero.
       segment_ids: int [B, T] or None; the state is emptied where the id changes.
     Returns: (o [B, T, H, V] in the dtype of v, final state float32 [B, H, K, V]).
@@ -54,6 +55,9 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
         raise ValueError(f"pallas_gpu linear_attention: {reason}")
     b_size, t_size, heads, _ = v.shape
     q, k = repeat_heads(q, heads), repeat_heads(k, heads)
+    if log_decay is not None and log_decay.ndim == 4:
+        return channel_decay.linear_attention(q, k, v, log_decay, scale=scale, initial_state=initial_state,
+                                              segment_ids=segment_ids, interpret=interpret)
     decay = token_decays(log_decay, segment_ids, b_size, t_size, heads)
     # zero tokens without decay change neither state nor gradients
     q, k, v, decay = (None if x is None else pad_tokens(x) for x in (q, k, v, decay))
@@ -63,44 +67,12 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
     return o[:, :t_size], state
 
 
-def count_pieces(b_size, t_size, heads, v_size):
-    """Pieces T is cut in so that few heads still fill the card."""
-    chunks = t_size // CHUNK
-    wanted = min(PROGRAMS[v_size] // (b_size * heads), chunks // MIN_PIECE_CHUNKS)
-    per_piece = -(-chunks // max(1, wanted))
-    return -(-chunks // per_piece)
-
-
-def _piece_states(local, total, init, pieces, reverse):
-    """State entering each piece [B, H, P, K, V], from the pieces' states grown from zero (all but the last walked)."""
-    b_size, heads, _, k_size, v_size = local.shape
-    entering = jnp.zeros((b_size, heads, 1, k_size, v_size), jnp.float32) if init is None else init[:, :, None]
-    if reverse:
-        local = local[:, :, ::-1]
-    if total is None:
-        weights = jnp.broadcast_to(jnp.tri(pieces, dtype=jnp.float32), (b_size, heads, pieces, pieces))
-    else:
-        chunks = total.shape[-1]
-        per_piece = -(-chunks // pieces)
-        piece = jnp.pad(total, ((0, 0), (0, 0), (0, pieces * per_piece - chunks)))
-        piece = piece.reshape(b_size, heads, pieces, per_piece).sum(-1)
-        piece = piece[..., ::-1] if reverse else piece
-        # row p: the state entering p from source r (0 = init, r = piece r-1) has passed pieces r .. p-1
-        p, r, between = jnp.indices((pieces, pieces, pieces))
-        inside = ((r <= between) & (between < p)).astype(jnp.float32)
-        passed = jnp.einsum("bhm,prm->bhpr", piece, inside, precision="highest")
-        weights = jnp.exp2(passed) * jnp.tri(pieces, dtype=jnp.float32)[None, None]
-    sources = jnp.concatenate([entering, local], axis=2)
-    states = jnp.einsum("bhpr,bhrkv->bhpkv", weights, sources, precision="highest")
-    return states[:, :, ::-1] if reverse else states
-
-
 def _entering_states(y, z, c, total, init, *, pieces, reverse, interpret):
     if pieces == 1:
         return None if init is None else init[:, :, None]
     local = decay_pass(None, y, z, c, total, None, None, scale=1.0, reverse=reverse, pieces=pieces, stages=3,
                        emit="state", interpret=interpret)["state"]
-    return _piece_states(local, total, init, pieces, reverse)
+    return piece_states(local, total, init, pieces, reverse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

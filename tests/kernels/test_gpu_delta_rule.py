@@ -126,6 +126,12 @@ def test_gpu_segments_match_the_reference():
 
 @on_gpu
 @pytest.mark.gpu
+def test_gpu_very_long_sequence():
+    assert max(errors(*make(1, 65536, 1, 64))) < 0.012
+
+
+@on_gpu
+@pytest.mark.gpu
 def test_gpu_output_is_bitwise_causal_and_repeatable():
     (q, k, v, beta, log_decay, _), _, _ = make(1, 1024, 2, 128)
     run = jax.jit(lambda *a: gpu.delta_rule(*a, scale=0.3)[0])

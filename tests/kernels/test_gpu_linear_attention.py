@@ -13,6 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh  # noqa: E402
 
 from pallas_kernels import reference  # noqa: E402
 from pallas_kernels.gpu import linear_attention as gpu  # noqa: E402
+from pallas_kernels.gpu import pieces  # noqa: E402
 from pallas_kernels.gpu.tiles import MOSAIC_AS_WRITTEN  # noqa: E402
 
 HOPPER = AbstractMesh((), (), abstract_device=AbstractDevice(
@@ -32,8 +33,12 @@ def make(b, t, h, k, v, decay, *, initial=False, gate=-3.0, seed=0):
     return arrays, normal(b, t, h, v), jnp.asarray(rng.normal(size=(b, h, k, v)), jnp.float32)
 
 
-def errors(arrays, do, dstate, *, segment_ids=None, interpret=None):
-    """‖ours - reference‖ / ‖reference‖ of o, the final state and every gradient; the reference is float64."""
+def wide(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def both_ways(arrays, do, dstate, *, segment_ids=None, interpret=None):
+    """(ours, reference): lists of o, the final state and every gradient, all float64; the reference computes in it."""
     def run(op, arrays):
         def outputs(q, k, v, log_decay, state):
             return op(q, k, v, log_decay, scale=0.1, initial_state=state, segment_ids=segment_ids)
@@ -43,11 +48,20 @@ def errors(arrays, do, dstate, *, segment_ids=None, interpret=None):
 
     ours = jax.jit(functools.partial(run, functools.partial(gpu.linear_attention, interpret=interpret)))(arrays)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arrays)
-        want = jax.jit(functools.partial(run, reference.linear_attention))(wide)
-    as_float64 = lambda x: np.asarray(x, np.float64)  # noqa: E731
-    ours, want = (list(map(as_float64, jax.tree.leaves(x))) for x in (ours, want))
+        want = jax.jit(functools.partial(run, reference.linear_attention))(jax.tree.map(jnp.asarray, wide(arrays)))
+    ours, want = jax.tree.leaves(wide(ours)), jax.tree.leaves(wide(want))
     assert all(np.isfinite(a).all() for a in ours)
+    return ours, want
+
+
+def relative_errors(*args, **options):
+    """‖ours - reference‖ / ‖reference‖ of o, the final state and every gradient."""
+    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*both_ways(*args, **options), strict=True)]
+
+
+def errors(arrays, *args, **options):
+    """As `relative_errors`, the gradient of the gates also relative to its terms."""
+    ours, want = both_ways(arrays, *args, **options)
     sizes = [np.linalg.norm(b) for b in want]
     if arrays[3] is not None:  # gate gradients are differences of q.dq and k.dk, and cannot be exact far below those
         terms = np.sum(np.asarray(arrays[0], np.float64) * want[2], axis=-1)
@@ -74,7 +88,7 @@ def test_forward_and_backward_lower_for_hopper(k, v, decay):
 @as_written
 @pytest.mark.parametrize("case", ["pieces", "segments", "plain"])
 def test_interpreted_matches_the_reference(case, monkeypatch):
-    monkeypatch.setattr(gpu, "MIN_PIECE_CHUNKS", 1)  # several pieces and saved states at a tiny T
+    monkeypatch.setattr(pieces, "MIN_PIECE_CHUNKS", 1)  # several pieces and saved states at a tiny T
     monkeypatch.setattr(gpu, "SAVE_EVERY", 2)
     interpret = plgpu.InterpretGPUParams()
     if case == "pieces":
@@ -96,12 +110,11 @@ def test_interpreted_has_no_race(capsys):
 @pytest.mark.quick
 @pytest.mark.parametrize("change, word", [
     (dict(dtype=jnp.float32), "bfloat16"), (dict(k=96), "key head size"), (dict(v=256), "value head size"),
-    (dict(decay_shape=(1, 64, 2, 64)), "log_decay"), (dict(chunk_size=32), "chunk_size")])
+    (dict(chunk_size=32), "chunk_size")])
 def test_unsupported_calls_get_a_reason(change, word):
     k, v, dtype = change.get("k", 64), change.get("v", 64), change.get("dtype", jnp.bfloat16)
     struct = lambda size: jax.ShapeDtypeStruct((1, 64, 2, size), dtype)  # noqa: E731
-    decay = jax.ShapeDtypeStruct(change.get("decay_shape", (2,)), jnp.float32)
-    reason = gpu.supports(struct(k), struct(k), struct(v), decay, chunk_size=change.get("chunk_size"))
+    reason = gpu.supports(struct(k), struct(k), struct(v), None, chunk_size=change.get("chunk_size"))
     assert word in reason
     assert gpu.supports(*[jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)] * 3, scale=1.0) is None
 
@@ -132,6 +145,12 @@ def test_gpu_segments_equal_separate_calls_and_reference():
     ids = jnp.asarray(np.cumsum(np.random.default_rng(0).random((2, 1000)) < 0.02, axis=1), jnp.int32)
     got = errors(*make(2, 1000, 3, 128, 128, "token", initial=True), segment_ids=ids)
     assert max(got) < 0.02, got
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_gpu_very_long_sequence():
+    assert max(errors(*make(1, 65536, 1, 64, 64, "token"))) < 0.015
 
 
 @on_gpu

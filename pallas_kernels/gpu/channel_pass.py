@@ -1,0 +1,344 @@
+"""Mosaic GPU kernels (Hopper) for linear attention with a decay per key channel (GLA, HGRN2).
+
+One head and one chunk of 64 tokens, b [64, K] the inclusive in-chunk sum of log decays, S the entering state:
+    A_ij = scale sum_c q_ic k_jc e^(b_ic - b_jc), j <= i,   X = scale q * e^b,   Y = k * e^(b_63 - b)   `chunk_weights`
+    O    = A V + X S,    S <- diag(e^(b_63)) S + Y^T V                                                  `weighted_pass`
+The gradients run the same pass from the end, dV = A^T dO + Y R, R <- diag(e^(b_63)) R + X^T dO with R = dS, and then
+make dQ, dK and the gate gradients of all chunks in parallel (`chunk_gradients`).
+
+The decay does not factor out of A, so a chunk is halved again and again. At the level with halves of `size` tokens,
+token t carries Z_t = (q_t if t is in a right half, else k_t) * e^(sum of the log decays between t and the middle of
+its block), whose exponents are <= 0, and the level's scores are the lower left blocks of Z Z^T. The sums are products
+of a matrix of zeros and ones with the decays: no differences, and no row sees later decays.
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu.gates import LOG2E
+from pallas_kernels.gpu.tiles import (
+    BLOCK,
+    CHUNK,
+    T_CONTRACT,
+    WGMMA,
+    Walk,
+    add_products,
+    columns,
+    launch,
+    present,
+    products,
+    release,
+    rows,
+    tile,
+)
+
+MIN_LOG_DECAY = -100.0  # empties a float32 state; a finite stand-in for -inf
+LEVELS = 6  # halves of 32, 16, .. 1 tokens
+SQUARE = (CHUNK, CHUNK)
+
+
+class Levels:
+    """The halving of one chunk, for 64 channels, over shared-memory tiles: bf16 `g` holds the log decays, `z` gets the
+    weighted tokens.
+    """
+
+    def __init__(self, g, z, interpret):
+        self.g, self.z, self.interpret = g, z, interpret
+        self.row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=WGMMA)
+        self.col = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=WGMMA)
+
+    def sums(self, keep, *tiles):
+        """keep [64, 64] bool times the sum of some tiles."""
+        ones = jnp.where(keep, 1.0, 0.0).astype(self.z.dtype)
+        return add_products((zeros(), (ones,) * len(tiles), tiles), interpret=self.interpret)[0]
+
+    def decay(self, keep):
+        return jnp.exp2(self.sums(keep, self.g) * LOG2E)
+
+    def weigh(self, size, q, k):
+        """(right [64, 64] bool, decay factors, bf16 Z) of the level with halves of `size` tokens. Z is in `z`, too."""
+        right = (self.row & size) != 0
+        same_half = (self.row ^ self.col) < size
+        decay = self.decay(same_half & jnp.where(right, self.col - 1 < self.row, self.col > self.row))
+        z = (jnp.where(right, q, k) * decay).astype(self.z.dtype)
+        self.z[...] = z
+        plgpu.commit_smem()
+        return right, decay, z
+
+    def halves_of(self, size):
+        """[64, 64] bool: the two tokens are in the two halves of one block."""
+        differ = self.row ^ self.col
+        return (differ >= size) & (differ < 2 * size)
+
+
+def zeros():
+    return plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), WGMMA)
+
+
+def load(ref):
+    return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
+
+
+def load_decays(ref):
+    return jnp.maximum(plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32), MIN_LOG_DECAY)
+
+
+def chunk_weights(q, k, g, *, scale, interpret=None):
+    """The parts of A, X and Y that one chunk makes alone, all chunks in parallel.
+
+    Args: q, k, g [B, T, H, K] bf16, g natural log decays; T a multiple of 64, K 64 or 128.
+    Returns: dict with a [B, H, N, 64, 64], x and y [B, T, H, K] in bf16, total [B, H, N, K] float32 = log2 decay of
+      each chunk.
+    """
+    b_size, t_size, heads, k_size = q.shape
+    chunks, n, dtype = t_size // CHUNK, k_size // BLOCK, q.dtype
+    outs = {"a": jax.ShapeDtypeStruct((b_size, heads, chunks, *SQUARE), dtype),
+            "x": jax.ShapeDtypeStruct(q.shape, dtype), "y": jax.ShapeDtypeStruct(k.shape, dtype),
+            "total": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size), jnp.float32)}
+    scratch = {"q": tile((n, CHUNK, BLOCK), dtype), "k": tile((n, CHUNK, BLOCK), dtype),
+               "log_decay": tile(SQUARE, dtype), "z": tile(SQUARE, dtype)}
+
+    def body(q_ref, k_ref, g_ref, a_ref, x_ref, y_ref, total_ref, smem, loaded):
+        head, chunk, batch = lax.axis_index("head"), lax.axis_index("chunk"), lax.axis_index("batch")
+        here = pl.ds(chunk * CHUNK, CHUNK)
+        for b in range(n):
+            mine = pl.ds(b * BLOCK, BLOCK)
+            for ref, name in ((q_ref, "q"), (k_ref, "k")):
+                plgpu.copy_gmem_to_smem(ref.at[batch, here, head, mine], smem[name].at[b], loaded)
+        levels = Levels(smem["log_decay"], smem["z"], interpret)
+        row, col = levels.row, levels.col
+        a = zeros()
+        for b in range(n):
+            mine = pl.ds(b * BLOCK, BLOCK)
+            decays = load_decays(g_ref.at[batch, here, head, mine])
+            levels.g[...] = decays.astype(dtype)
+            plgpu.commit_smem()
+            total_ref.at[batch, head, chunk, mine][...] = jnp.sum(decays, axis=0) * LOG2E
+            if b == 0:
+                plgpu.barrier_wait(loaded)
+            q_tile, k_tile = smem["q"].at[b], smem["k"].at[b]
+
+            def level(i, a, q_tile=q_tile, k_tile=k_tile):
+                size = lax.shift_right_logical(jnp.int32(CHUNK // 2), i)
+                levels.weigh(size, load(q_tile), load(k_tile))
+                p, = products((levels.z, levels.z.transpose(T_CONTRACT)))
+                return a + jnp.where((row > col) & levels.halves_of(size), p, 0.0)
+
+            a = lax.fori_loop(0, LEVELS, level, a)
+            q_own, k_own = load(q_tile), load(k_tile)
+            a = a + jnp.where(row == col, rows(jnp.sum(q_own * k_own, axis=1), SQUARE), 0.0)
+            q_tile[...] = (q_own * levels.decay(row >= col) * scale).astype(dtype)
+            k_tile[...] = (k_own * levels.decay(row < col)).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_tile, x_ref.at[batch, here, head, mine])
+            plgpu.copy_smem_to_gmem(k_tile, y_ref.at[batch, here, head, mine])
+        levels.z[...] = (a * scale).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(levels.z, a_ref.at[batch, head, chunk])
+        plgpu.wait_smem_to_gmem(0)
+
+    got = plgpu.kernel(
+        body, out_type=tuple(outs.values()), scratch_types=(scratch, plgpu.Barrier(num_arrivals=2 * n)),
+        grid=(heads, chunks, b_size), grid_names=("head", "chunk", "batch"), interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
+    )(q, k, g)
+    return dict(zip(outs, got, strict=True))
+
+
+def weighted_pass(x, y, z, a, total, init, *, reverse, pieces, keep=False, interpret=None):
+    """O = A Z + X S, S <- diag(2^total) S + Y^T Z, chunk after chunk; `reverse` from the end and with A^T.
+
+    Args:
+      x, y: [B, T, H, K]; z: [B, T, H, V] bf16, T a multiple of 64, K and V in {64, 128}. a: [B, H, N, 64, 64]; without
+        x and a, no outputs are made. total: float32 [B, H, N, K].
+      init: float32 [B, H, P, K, V] state entering each of the P pieces, or None for zero.
+      keep: also return the states that enter the chunks. With neither outputs nor those, the last piece is skipped.
+    Returns: dict with state [B, H, P or P-1, K, V] leaving each piece; o [B, T, H, V]; entering [B, H, N, K, V] bf16.
+    """
+    b_size, t_size, heads, k_size = y.shape
+    v_size, dtype = z.shape[-1], z.dtype
+    chunks, n_wg = t_size // CHUNK, v_size // BLOCK
+    stages = 3
+    with_output = x is not None
+    states_only = not with_output and not keep
+    n_pieces = pieces - 1 if states_only else pieces
+    piece_offset = 1 if reverse and states_only else 0
+    operands = present(x=x, y=y, z=z, a=a, total=total, init=init)
+    outs = {"state": jax.ShapeDtypeStruct((b_size, heads, n_pieces, k_size, v_size), jnp.float32)}
+    scratch = {"y": tile((stages, CHUNK, k_size), dtype), "z": tile((stages, n_wg, CHUNK, BLOCK), dtype),
+               "total": plgpu.SMEM((stages, k_size), jnp.float32)}
+    if with_output:
+        outs["o"] = jax.ShapeDtypeStruct(z.shape, dtype)
+        scratch |= {"x": tile((stages, CHUNK, k_size), dtype), "a": tile((stages, *SQUARE), dtype),
+                    "o": tile((n_wg, CHUNK, BLOCK), dtype)}
+    if keep:
+        outs["entering"] = jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), dtype)
+    if not states_only:
+        scratch["s16"] = tile((n_wg, k_size, BLOCK), dtype)
+
+    def body(*refs):
+        names = (*operands, *outs)
+        gmem = dict(zip(names, refs[: len(names)], strict=True))
+        smem, full, empty = refs[len(names):]
+        head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
+        out_piece = lax.axis_index("piece")
+        piece = out_piece + piece_offset
+        walk = Walk(chunks, pieces, stages, reverse, piece)
+
+        def copies(chunk, slot):
+            here = pl.ds(chunk * CHUNK, CHUNK)
+            pairs = [(gmem[n].at[batch, here, head], smem[n].at[slot]) for n in ("x", "y") if n in scratch]
+            pairs += [(gmem["z"].at[batch, here, head, pl.ds(w * BLOCK, BLOCK)], smem["z"].at[slot, w])
+                      for w in range(n_wg)]
+            return pairs + [(gmem[n].at[batch, head, chunk], smem[n].at[slot]) for n in ("a", "total") if n in scratch]
+
+        @pl.when(wg == n_wg)
+        def _():
+            walk.load(copies, full, empty)
+
+        @pl.when(wg < n_wg)
+        def _():  # every compute warpgroup owns 64 value columns and never waits for another
+            plgpu.set_max_registers(232 if n_wg == 2 else 216, action="increase")
+            cols = pl.ds(wg * BLOCK, BLOCK)
+            if init is not None:
+                state = plgpu.load(gmem["init"].at[batch, head, piece, :, cols], layout=WGMMA, optimized=False)
+            else:
+                state = plgpu.layout_cast(jnp.zeros((k_size, BLOCK), jnp.float32), WGMMA)
+
+            def step(i, state):
+                slot, chunk = walk.slot(i), walk.chunk(i)
+                here = pl.ds(chunk * CHUNK, CHUNK)
+                if not states_only:
+                    s16 = smem["s16"].at[wg]
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    s16[...] = state.astype(dtype)
+                    plgpu.commit_smem()
+                    if keep:
+                        plgpu.copy_smem_to_gmem(s16, gmem["entering"].at[batch, head, chunk, :, cols])
+                plgpu.barrier_wait(full.at[slot])
+                y_turned, z_tile = smem["y"].at[slot].transpose(T_CONTRACT), smem["z"].at[slot, wg]
+                total_row = plgpu.load(smem["total"].at[slot], layout=WGMMA.reduce(1))
+                terms = [(state * rows(jnp.exp2(total_row), state.shape), y_turned, z_tile)]
+                if with_output:
+                    a_tile = smem["a"].at[slot].transpose(T_CONTRACT) if reverse else smem["a"].at[slot]
+                    terms.append((zeros(), (a_tile, smem["x"].at[slot]), (z_tile, s16)))
+                state, *o = add_products(*terms, interpret=interpret)
+                release(empty.at[slot])
+                if with_output:
+                    smem["o"].at[wg][...] = o[0].astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(smem["o"].at[wg], gmem["o"].at[batch, here, head, cols])
+                return state
+
+            state = lax.fori_loop(0, walk.steps, step, state)
+            gmem["state"].at[batch, head, out_piece, :, cols][...] = state
+            plgpu.wait_smem_to_gmem(0)
+
+    return launch(body, operands, outs, arrivals=(4 if with_output else 2) + n_wg, consumers=n_wg, stages=stages,
+                  extra_scratch=(), grid=(heads, n_pieces, b_size), scratch=scratch, interpret=interpret)
+
+
+def chunk_gradients(q, k, v, do, g, total, entering, leaving, *, scale, interpret=None):
+    """dQ, dK and the gradient of the log decays, all chunks in parallel.
+
+    With S the state entering the chunk, R the gradient of the state leaving it, W = scale dO V^T, and per level
+    D = (W + W^T between the halves) Z, which is the gradient of Z:
+      dQ = scale e^b * dO S^T + sum over levels of decay * D (right halves) + diag(W) k
+      dK = e^(b_63 - b) * V R^T + sum over levels of decay * D (left halves) + diag(W) q
+      dg_t = sum_{i >= t} (Z D of right - left halves + X * dX)_i + sum_{j < t} (Y * dY)_j + e^(b_63) rowsum(S * R)
+    A pair of tokens on one side of t enters Z D twice with opposite signs and the same rounding: only true terms stay.
+    A program makes 64 channels of one chunk.
+
+    Args: as `chunk_weights` and `weighted_pass`; do, v [B, T, H, V]; entering, leaving [B, H, N, K, V] bf16.
+    Returns: dict with dq, dk, dg [B, T, H, K] bf16.
+    """
+    b_size, t_size, heads, k_size = q.shape
+    v_size, dtype = v.shape[-1], q.dtype
+    chunks, n, n_v = t_size // CHUNK, k_size // BLOCK, v_size // BLOCK
+    operands = dict(q=q, k=k, v=v, do=do, g=g, total=total, entering=entering, leaving=leaving)
+    outs = {"dq": jax.ShapeDtypeStruct(q.shape, dtype), "dk": jax.ShapeDtypeStruct(k.shape, dtype),
+            "dg": jax.ShapeDtypeStruct(g.shape, g.dtype)}
+    scratch = {name: [tile(SQUARE, dtype)] * n_v for name in ("do", "v", "entering", "leaving")}
+    scratch |= {"q": tile(SQUARE, dtype), "k": tile(SQUARE, dtype), "carried": plgpu.SMEM((BLOCK,), jnp.float32)}
+
+    def body(*refs):
+        names = (*operands, *outs)
+        gmem = dict(zip(names, refs[: len(names)], strict=True))
+        smem, loaded = refs[len(names):]
+        column, chunk, batch = lax.axis_index("column"), lax.axis_index("chunk"), lax.axis_index("batch")
+        head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
+        here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
+        for b in range(n_v):
+            cols = pl.ds(b * BLOCK, BLOCK)
+            for name in ("do", "v"):
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, cols], smem[name][b], loaded)
+            for name in ("entering", "leaving"):
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine, cols], smem[name][b], loaded)
+        for name in ("q", "k"):
+            plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, mine], smem[name], loaded)
+        g_here = gmem["g"].at[batch, here, head, mine]
+        decays = load_decays(g_here)
+        total_row = plgpu.load(gmem["total"].at[batch, head, chunk, mine], layout=WGMMA.reduce(1), optimized=False)
+
+        def whole(name):
+            return tuple(smem[name])
+
+        def turned(name):
+            return tuple(ref.transpose(T_CONTRACT) for ref in smem[name])
+
+        plgpu.barrier_wait(loaded)
+        w, w_turned = products((whole("do"), turned("v")), (whole("v"), turned("do")))
+        dx, dy = products((whole("do"), turned("entering")), (whole("v"), turned("leaving")))
+        kept = sum(jnp.sum(load(s) * load(r), axis=1) for s, r in zip(smem["entering"], smem["leaving"], strict=True))
+        # The value tiles are spent and hold other things from here on, so that two programs share a processor.
+        levels = Levels(smem["do"][0], smem["entering"][0], interpret)
+        row, col = levels.row, levels.col
+        w = jnp.where(row >= col, w, w_turned) * scale
+        own = rows(jnp.sum(jnp.where(row == col, w, 0.0), axis=1), SQUARE)
+        w = w.astype(dtype)
+        smem["carried"][...] = kept * jnp.exp2(total_row)
+        levels.g[...] = decays.astype(dtype)
+        plgpu.commit_smem()
+        q_own, k_own = load(smem["q"]), load(smem["k"])
+        dx = dx * levels.decay(row >= col) * scale
+        dy = dy * levels.decay(row < col)
+        written = smem["leaving"][0]
+        written[...] = (k_own * dy).astype(dtype)
+        dq, dk, dlog = dx + own * k_own, dy + own * q_own, q_own * dx
+
+        def level(i, carry):
+            dq, dk, dlog = carry
+            size = lax.shift_right_logical(jnp.int32(CHUNK // 2), i)
+            right, decay, z = levels.weigh(size, load(smem["q"]), load(smem["k"]))
+            between = jnp.where(levels.halves_of(size), w, jnp.zeros(SQUARE, dtype))
+            dz, = add_products((zeros(), between, levels.z), interpret=interpret)
+            reach = z.astype(jnp.float32) * dz
+            dz = dz * decay
+            return (dq + jnp.where(right, dz, 0.0), dk + jnp.where(right, 0.0, dz),
+                    dlog + jnp.where(right, reach, -reach))
+
+        dq, dk, dlog = lax.fori_loop(0, LEVELS, level, (dq, dk, dlog))
+        high, low = smem["do"][0], smem["v"][0]  # terms of dlog cancel: 16 bits of them
+        rounded = dlog.astype(dtype)
+        high[...] = rounded
+        low[...] = (dlog - rounded.astype(jnp.float32)).astype(dtype)
+        plgpu.commit_smem()
+        before = jnp.where(row > col, 1.0, 0.0).astype(dtype)
+        carried = columns(plgpu.load(smem["carried"], layout=WGMMA.reduce(0)), SQUARE)
+        dg, = add_products((carried + levels.sums(row <= col, high, low), before, written), interpret=interpret)
+        alive = plgpu.load(g_here, layout=WGMMA, optimized=False).astype(jnp.float32) > MIN_LOG_DECAY
+        gmem["dg"].at[batch, here, head, mine][...] = jnp.where(alive, dg, 0.0).astype(g.dtype)
+        smem["q"][...], smem["k"][...] = dq.astype(dtype), dk.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem["q"], gmem["dq"].at[batch, here, head, mine])
+        plgpu.copy_smem_to_gmem(smem["k"], gmem["dk"].at[batch, here, head, mine])
+        plgpu.wait_smem_to_gmem(0)
+
+    got = plgpu.kernel(
+        body, out_type=tuple(outs.values()), scratch_types=(scratch, plgpu.Barrier(num_arrivals=4 * n_v + 2)),
+        grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256),
+    )(*operands.values())
+    return dict(zip(outs, got, strict=True))

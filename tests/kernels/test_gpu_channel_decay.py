@@ -1,0 +1,100 @@
+"""Hopper kernels of linear attention with a decay per channel: lowered, interpreted on CPU, run on a GPU if any."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import linear_attention as gpu
+from pallas_kernels.gpu import pieces
+from tests.kernels.test_gpu_linear_attention import HOPPER, as_written, on_gpu, relative_errors
+
+
+def make(b, t, h, k, v, *, initial=False, gate=-3.0, seed=0):
+    """(q, k, v, log_decay, initial_state), a cotangent of o and one of the final state."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    log_decay = jnp.asarray(-np.exp(rng.normal(size=(b, t, h, k)) + gate), jnp.bfloat16)
+    state = jnp.asarray(rng.normal(size=(b, h, k, v)), jnp.float32) if initial else None
+    arrays = normal(b, t, h, k), normal(b, t, h, k), normal(b, t, h, v), log_decay, state
+    return arrays, normal(b, t, h, v), jnp.asarray(rng.normal(size=(b, h, k, v)), jnp.float32)
+
+
+@as_written
+@pytest.mark.parametrize("k, v", [(64, 128), (128, 64), (128, 128)])
+def test_forward_and_backward_lower_for_hopper(k, v):
+    arrays, do, _ = make(2, 1100, 3, k, v)
+
+    def both(q, k, v, log_decay):
+        o, vjp = jax.vjp(lambda *a: gpu.linear_attention(*a, scale=1.0)[0], q, k, v, log_decay)
+        return o, vjp(do)
+
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        text = jax.jit(both).trace(*arrays[:4]).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 7  # two of them for the states that enter the pieces
+
+
+@as_written
+@pytest.mark.parametrize("case", ["pieces", "segments", "wide keys"])
+def test_interpreted_matches_the_reference_without_races(case, monkeypatch, capsys):
+    monkeypatch.setattr(pieces, "MIN_PIECE_CHUNKS", 1)  # several pieces at a tiny T
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    if case == "pieces":
+        got = relative_errors(*make(1, 192, 1, 64, 64, initial=True), interpret=interpret)
+    elif case == "segments":
+        ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 20, axis=1).reshape(1, 100), jnp.int32)
+        got = relative_errors(*make(1, 100, 1, 64, 64, gate=1.0), segment_ids=ids, interpret=interpret)
+    else:
+        got = relative_errors(*make(1, 64, 1, 128, 64), interpret=interpret)
+    assert max(got) < 0.005 and "RACE" not in capsys.readouterr().out, got
+
+
+@pytest.mark.quick
+def test_other_gate_dtypes_get_a_reason():
+    x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    assert "bfloat16" in gpu.supports(x, x, x, jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    assert gpu.supports(x, x, x, x) is None
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("k, v", [(64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize("t", [1, 63, 130, 2048])
+def test_gpu_matches_the_reference(t, k, v):
+    got = relative_errors(*make(2, t, 3, k, v, initial=True))
+    assert max(got) < 0.006, got
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", [-20.0, -8.0, -1.0, 2.0, 4.0])
+def test_gpu_gate_extremes(gate):
+    got = relative_errors(*make(2, 1024, 2, 128, 128, initial=True, gate=gate))
+    assert max(got) < 0.01, got
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_gpu_segments_match_the_reference():
+    ids = jnp.asarray(np.cumsum(np.random.default_rng(0).random((2, 1000)) < 0.02, axis=1), jnp.int32)
+    got = relative_errors(*make(2, 1000, 3, 128, 128, initial=True), segment_ids=ids)
+    assert max(got) < 0.006, got
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_gpu_very_long_sequence():
+    assert max(relative_errors(*make(1, 65536, 1, 64, 64))) < 0.006
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_gpu_output_is_bitwise_causal_and_repeatable():
+    (q, k, v, log_decay, _), _, _ = make(1, 1024, 2, 128, 128)
+    run = jax.jit(functools.partial(gpu.linear_attention, scale=0.1))
+    first, again = run(q, k, v, log_decay)[0], run(q, k, v, log_decay)[0]
+    changed = run(*(x.at[:, 700:].multiply(0.5) for x in (q, k, v, log_decay)))[0]
+    assert jnp.array_equal(first, again)
+    assert jnp.array_equal(first[:, :700], changed[:, :700]) and not jnp.array_equal(first, changed)
