@@ -230,6 +230,35 @@ def residuals(fit, law, frame, *, title: str = ""):
 
 
 @_styled
+def curve(law, fits: dict, x: str, *, level: float = 0.95, scale: str = "log", title: str = ""):
+    """Points, fitted curves and their bands against one variable of any law.
+
+    Args:
+      fits: name -> (Fit, frame of rows); the law's other variables are held at the median of the frame.
+      x: the variable along the axis; `scale` of that axis: log or linear.
+    """
+    figure, axes = _figure(width=6.0)
+    ax, quantiles = axes[0, 0], [(1 - level) / 2, (1 + level) / 2]
+    variable = next(v for v in law.variables if v.name == x)
+    for (name, (fit, frame)), colour, marker in zip(fits.items(), _cycle(ARCH_COLOURS), _cycle(MARKERS), strict=False):
+        values = frame[x].to_numpy(float)
+        low = values[values > 0].min() if scale == "log" else values.min()
+        at = (np.geomspace if scale == "log" else np.linspace)(low, values.max(), 200)
+        where = {v.name: np.full(200, frame[v.name].median()) for v in law.variables} | {x: at}
+        ax.plot(values, frame[law.target.name], marker, color=colour, ms=4, alpha=0.8, label=name)
+        ax.plot(at, law.predict(fit.values, where, np), color=colour)
+        if fit.draws:
+            draws = {key: fit.draws[key][:, None] if key in fit.draws else fit.values[key] for key in fit.values}
+            with np.errstate(all="ignore"):
+                band = np.nanquantile(law.predict(draws, where, np), quantiles, axis=0)
+            ax.fill_between(at, *band, color=colour, alpha=0.18, lw=0)
+    ax.set(xscale=scale, xlabel=f"{variable.meaning} ({variable.unit})", title=title)
+    ax.set_ylabel(f"{law.target.name} ({law.target.unit})")
+    ax.legend()
+    return figure
+
+
+@_styled
 def frontiers(found: dict[str, Frontier], *, level: float = 0.95):
     """L*(C) and N*(C) of each architecture with bands; a budget without an accepted minimum is hollow."""
     figure, axes = _figure(2, height=4.2)

@@ -2,7 +2,7 @@
 
     accuracy = chance + (top - chance) / (1 + (k pairs^p / state)^h)
 
-`state` counts the numbers that a model carries from token to token (for attention: keys and values of the context),
+`state` counts the bytes that a model carries from token to token (for attention: keys and values of the context),
 `pairs` the associations that it must hold. k pairs^p is the state that gives half of the way from chance to `top`:
 p = 1 means a constant amount of state per pair. A description of measured frontiers such as those of
 arXiv:2402.18668 (the trade-off of recall and state), whose paper gives no closed form.
@@ -38,7 +38,7 @@ register(
         formula="accuracy = chance + (top - chance)/(1 + (k*pairs^p/state)^h)",
         source="arXiv:2402.18668 (measured frontier; the closed form is ours)",
         variables=(
-            Variable("state", "numbers", "numbers carried from token to token, all layers", 1.0, 1e15),
+            Variable("state", "bytes", "bytes carried from token to token, all layers", 1.0, 1e15),
             Variable("pairs", "pairs", "associations to hold", 1.0, 1e9),
         ),
         target=Variable("accuracy", "share", "share of queries answered right", 0.0, 1.0),
