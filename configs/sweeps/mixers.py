@@ -4,7 +4,7 @@
     python -m efficient_lm.mixers --runs runs/mixers
 
 Each mixer in the model of configs/mixers.py:MIXER-tiny (parameters matched to the transformer within 3 %), on bytes of
-real text, for as many steps as cost what the transformer's 1000 do. Two learning rates, since one does not suit all.
+real text, for as many steps as cost what 400 of the transformer do. Two learning rates, since one does not suit all.
 The argument is the number of seeds (default 1).
 """
 
@@ -18,6 +18,7 @@ from efficient_lm.schema import ConfigError
 from sweeps.combine import Cell, axis, product
 
 LEARNING_RATES = (0.003, 0.01)
+TRANSFORMER_STEPS = 400
 
 
 def get_config(arg="1"):
@@ -29,7 +30,7 @@ def get_sweep(arg="1"):
     """`arg` is the number of seeds."""
     if not arg.isdigit() or int(arg) < 1:
         raise ConfigError(f"config = mixers.py:{arg}: must be the number of seeds, 1 or more")
-    budget = step_flops("attention") * mixers.get_config("attention-tiny").train.steps
+    budget = step_flops("attention") * TRANSFORMER_STEPS
     cells = [cell(mixer, round(budget / step_flops(mixer))) for mixer in sorted(MIXERS)]
     return product(cells, axis("optim.lr", LEARNING_RATES), axis("seed", range(int(arg))))
 
