@@ -15,6 +15,7 @@ VARIANTS = {
     "dense": ("tiny", "small", "340M"),
     "gla": ("tiny", "hybrid", "small", "340M"),
     "mixers": ("gated_deltanet-tiny", "mamba2-340M"),
+    "moe": ("tiny", "340M"),
     "linear": ("transnormer_llm-340M",),
     "hybrids": ("gated_deltanet-3to1-340M", "sambay-340M"),
 }
