@@ -289,3 +289,45 @@ def test_states_restart_at_documents_across_chunks():
         alone, last = states_readout(x[:, start:end], write, log_decay, read, chunk_size=5)
         close(y[:, start:end], alone)
     close(state, last)
+
+
+# --------------------------------------------------------------------------------- mixers that become one another
+
+ONE = 1.2784645427610738  # SiLU(ONE) = 1
+
+
+def constant(linear, row):
+    """Make x W a constant row for x whose channel 0 is 1."""
+    linear.kernel[...] = jnp.zeros(linear.kernel.shape).at[0].set(row)
+
+
+def test_gla_without_decay_and_gate_is_linear_attention(x):
+    x = x.at[..., 0].set(1.0)
+    gla = make("gla", n_heads=H, expand_k=1.0)
+    linear = make("linear_attention", n_heads=H, feature_map="identity", normalise=False)
+    copy(gla, linear, "q", "k", "v", "o")
+    gla.decay_up.bias[...] = jnp.full(D, 1e4)
+    constant(gla.gate, ONE)
+    close(run(gla, x), run(linear, x))
+
+
+def test_simple_gla_with_constant_gates_is_retnet(x):
+    """Without rotation: log gamma_h = logsigmoid(z_h) / 16 for constant z."""
+    x = x.at[..., 0].set(1.0)
+    simple = make("simple_gla", n_heads=H, expand_k=1.0, expand_v=2.0)
+    retnet = make("retnet", n_heads=H, rotation=False)
+    copy(retnet, simple, "q", "k", "v", "gate", "o")
+    power = 16 * np.log1p(-(2.0 ** (-5 - np.arange(H))))
+    constant(simple.decay, power - np.log(-np.expm1(power)))
+    close(run(simple, x), run(retnet, x))
+
+
+def test_lightnet_with_equal_keys_averages_values(x):
+    """Keys 0 weigh all tokens alike, so every row of the state is the running mean of the values."""
+    mixer = make("lightnet", n_heads=H)
+    mixer.k.kernel[...] = jnp.zeros((D, D))
+    q, _, v = projected(mixer, x)
+    mean = np.cumsum(v, 1) / np.arange(1, T + 1)[:, None, None]
+    o = ((q / (1 + np.exp(-q))).sum(-1, keepdims=True) * mean * K**-0.5).reshape(B, T, D)
+    gate = np.asarray(jax.nn.silu(mixer.gate(x)), np.float64)
+    close(run(mixer, x), (rms_normed(o) * gate) @ matrix(mixer.o), 2e-5)
