@@ -35,8 +35,6 @@ def supports(q, k, v, log_decay=None, *, chunk_size=None, **_):
     for name, size in (("key", q.shape[-1]), ("value", v.shape[-1])):
         if size not in (64, 128):
             return f"{name} head size must be 64 or 128, got {size}"
-    if log_decay is not None and log_decay.ndim == 4 and log_decay.dtype != jnp.bfloat16:
-        return f"a decay per channel must be bfloat16, got {log_decay.dtype}"
     return None
 
 
@@ -45,7 +43,7 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
 
     Args:
       q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K and V in {64, 128}, any T.
-      log_decay: None, [H], [B, T, H] or, in bf16, [B, T, H, K]; natural log, <= 0.
+      log_decay: None, [H], [B, T, H] or [B, T, H, K] (rounded to bf16), natural log, <= 0.
       initial_state: float32 [B, H, K, V] or None for zero.
       segment_ids: int [B, T] or None; the state is emptied where the id changes.
     Returns: (o [B, T, H, V] in the dtype of v, final state float32 [B, H, K, V]).
