@@ -91,6 +91,15 @@ def test_matches_float64_reference(family, implementation, dtype):
     assert not failures(family, run, s, dtype)
 
 
+@pytest.mark.parametrize("name,implementation", [
+    ("simple_gla", "xla"), ("gla", "xla"), ("gated_deltanet", "xla"), ("kda", "xla"), ("rwkv7", "xla"),
+    ("gla", "pallas_tpu"), ("rwkv7", "pallas_tpu")])
+def test_heads_of_256_channels(name, implementation):
+    family = next(f for f in FAMILIES if f.name == name)
+    run = compiled(family, implementation, (("chunk_size", CHUNK),))
+    assert not failures(family, run, Shape(B=1, T=20, H=1, G=1, K=256, V=256), "float32")
+
+
 @pytest.mark.parametrize("name", ["simple_gla", "gla", "gated_deltanet", "kda", "rwkv7"])
 def test_bfloat16_operands(name, monkeypatch):
     """The XLA forms as on accelerators, where operands of matrix products keep the inputs' bfloat16."""

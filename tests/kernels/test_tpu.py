@@ -57,7 +57,7 @@ def test_lowers_for_tpu(name, dtype):
     assert text.count("tpu_custom_call") >= 2
 
 
-@pytest.mark.parametrize("name", ["channel", "gated_delta", "diagonal_complex"])
+@pytest.mark.parametrize("name", ["channel", "kda", "dplr", "diagonal_complex"])
 def test_no_races_and_no_uninitialised_reads(name):
     """The TPU interpreter with race detection; memory that was never written reads as NaN."""
     run, letters = gradient(name, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"),
@@ -81,6 +81,23 @@ def test_no_output_depends_on_later_tokens(name):
     later = [x.at[:, 11:].add(-3.0) for x in args]
     assert np.array_equal(run(args)[:, :11], run(later)[:, :11])
     assert not np.array_equal(run(args)[:, 11:], run(later)[:, 11:])
+
+
+@pytest.mark.parametrize("name", ["channel", "kda"])
+def test_chunk_sizes_agree(name):
+    """Gradients at T = 130 in chunks of 16, 64 and 128."""
+    rng = np.random.default_rng(3)
+    given = shapes(CALLS[name][1], jnp.float32, 130, 8)
+    args = [jnp.asarray(-rng.random(s.shape) / s.shape[-1], s.dtype) for s in given]
+
+    def run(chunk_size):
+        once = {"xla_backend_optimization_level": 0}
+        return jax.jit(gradient(name, interpret=True, chunk_size=chunk_size)[0], compiler_options=once)(args)
+
+    expected = run(16)
+    for chunk_size in (64, 128):
+        for x, y in zip(run(chunk_size), expected, strict=True):
+            assert relative_error(x, y) < 1e-5
 
 
 @pytest.mark.parametrize("imaginary", [0.0, 1j])
