@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import api
+from pallas_kernels.tpu import grouped_matmul as tpu
 from pallas_kernels.xla.grouped_matmul import tile_size
 from tests.kernels.cases import relative_error
 
@@ -47,7 +48,7 @@ def exact(lhs, rhs, sizes, cotangent):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
 @pytest.mark.parametrize("case", SIZES)
 def test_matches_float64(case, implementation, dtype):
     lhs, rhs, cotangent = (jnp.asarray(x, dtype) for x in inputs())
@@ -80,6 +81,21 @@ def test_float64():
                 assert relative_error(x, y) < 1e-14
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tpu_kernel_lowers(dtype):
+    """Mosaic takes the product and both gradients."""
+    lhs, rhs, sizes = (
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in (((500, 256), dtype), ((6, 256, 384), dtype), ((6,), jnp.int32))
+    )
+    grad = jax.grad(
+        lambda lhs, rhs, sizes: jnp.sin(tpu.grouped_matmul(lhs, rhs, sizes, interpret=False)).sum(), argnums=(0, 1)
+    )
+    text = jax.jit(grad).trace(lhs, rhs, sizes).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
 @pytest.mark.parametrize("rows", [1000, 2048, 40])
@@ -108,5 +124,5 @@ def test_errors_name_the_argument():
     }.items():
         with pytest.raises(ValueError, match=message):
             api.grouped_matmul(*arguments)
-    with pytest.raises(ValueError, match="there is no pallas_tpu kernel for grouped_matmul"):
-        api.grouped_matmul(lhs, rhs, sizes, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="'cudnn' cannot run grouped_matmul: there is no cudnn kernel"):
+        api.grouped_matmul(lhs, rhs, sizes, implementation="cudnn")
