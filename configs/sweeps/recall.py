@@ -12,11 +12,10 @@ that linear attention needs (it removes what it overwrites); decay without the d
 from ml_collections import ConfigDict
 
 from efficient_lm.schema import ConfigError, nearest
-from sweeps.combine import axis, choices, product
+from sweeps.combine import Cell, axis, chain, choices, product
 
-# What all mixers have in common: two heads whose keys and values together have the width of the model.
+# Keys and values of all heads together are as wide as the model, so that the state falls as 1 / heads.
 MIXERS = {
-    "attention": {},
     "linear_attention": {},
     "gla": {"expand_k": 1.0},
     "mamba2": {"expand": 1.0},
@@ -25,26 +24,25 @@ MIXERS = {
     "rwkv7": {},
 }
 PRESETS = {
-    "cpu": {"mixers": ["attention", "linear_attention", "gla", "deltanet"], "widths": [16, 32, 64]},
-    "gpu": {"mixers": list(MIXERS), "widths": [16, 32, 64, 128]},
+    "cpu": {"mixers": ["linear_attention", "gla", "deltanet"], "heads": [8, 4, 2]},
+    "gpu": {"mixers": list(MIXERS), "heads": [8, 4, 2, 1]},
 }
-SEEDS = (0, 1, 2)
+WIDTH, SEEDS = 32, (0, 1, 2)
 
 
 def get_config(preset="cpu"):
     preset_of(preset)
     return ConfigDict({
         "model": {
-            "n_layers": 2, "prefix": ("short_conv",), "vocab_size": 64, "dtype": "float32",
+            "d_model": WIDTH, "n_layers": 2, "prefix": ("short_conv",), "vocab_size": 32, "dtype": "float32",
             "ffns": {"dense": {"activation": "relu2", "glu": False}},
         },
-        "data": {"source": "mqar", "task": {"pairs": 16}, "vocab_size": 64, "pack": "stream"},
+        "data": {"source": "mqar", "task": {"pairs": 8}, "vocab_size": 32, "pack": "stream"},
         "optim": {
-            "lr": 3e-3, "schedule": "linear", "warmup": 0.05, "decay": 0.5, "final_lr": 0.0, "beta2": 0.99,
-            "weight_decay": 0.0,
+            "lr": 3e-3, "schedule": "linear", "warmup": 0.05, "decay": 0.5, "final_lr": 0.0, "weight_decay": 0.0,
         },
         "train": {
-            "seq_len": 64, "batch_size": 64, "steps": 1000, "steps_per_call": 25, "log_every": 100,
+            "seq_len": 32, "batch_size": 64, "steps": 1500, "steps_per_call": 25, "log_every": 100,
         },
         "log": {"progress": False},
     })  # fmt: skip
@@ -52,19 +50,16 @@ def get_config(preset="cpu"):
 
 def get_sweep(preset="cpu"):
     settings = preset_of(preset)
-    archs = {
-        name: {"model.pattern": (name,), f"model.mixers.{name}": {"n_heads": 2, **MIXERS[name]}}
-        for name in settings["mixers"]
-    }
-    cells = product(choices("arch", archs), axis("model.d_model", settings["widths"]), axis("seed", SEEDS))
-    return [with_state(cell) for cell in cells]
+    attention = choices("arch", {"attention": {"model.pattern": ("attention",), "model.mixers.attention.n_heads": 2}})
+    linear = [cell(mixer, heads) for mixer in settings["mixers"] for heads in settings["heads"]]
+    return product(chain(attention, linear), axis("seed", SEEDS))
 
 
-def with_state(cell):
-    """Mamba-2 has a state of `d_state` channels for each channel: as many as a head of the others has keys."""
-    if cell.axes["arch"] == "mamba2":
-        return cell | type(cell)({"model.mixers.mamba2.d_state": cell.axes["d_model"] // 2})
-    return cell
+def cell(mixer, heads):
+    values = {"n_heads": heads, **MIXERS[mixer]}
+    if mixer == "mamba2":
+        values["d_state"] = WIDTH // heads
+    return Cell({"model.pattern": (mixer,), f"model.mixers.{mixer}": values}, {"arch": mixer, "heads": heads})
 
 
 def preset_of(name):
