@@ -159,6 +159,8 @@ def profiles(frame, variable: str = "N", options: Options | None = None) -> list
     options = options or Options()
     C = np.asarray(frame["C"], float)
     groups = budget_groups(frame, C)
+    if groups is None and C.max() < 1.4 * C.min():
+        raise ValueError(f"column 'C' holds one budget only ({C.mean():.3g} FLOP): a law of compute takes two or more")
     if groups is None:
         raise ValueError(
             "column 'C' does not form budgets (groups of nearly equal compute); name them in a column 'budget'"

@@ -21,7 +21,7 @@ from analysis.load import Table, check_comparable, load_table
 from analysis.result import Options, plain
 from analysis.tables import number
 
-STARTS = 600  # of each law's grid
+STARTS = 200  # of each law's grid
 DENSE = ("chinchilla", "tied_exponents", "kaplan")
 
 
@@ -29,8 +29,8 @@ def select(table: Table, laws=DENSE, options: Options | None = None) -> list[dic
     """Compares laws of one target on the same rows, best AIC first.
 
     Returns:
-      Rows `{"law", "free", "n", "rmse" (of ln target), "aic" (relative to the best), "weight" (Akaike), "holdout"
-      (rms error of ln target), "holdout_mean", "refused"}`; those that could not be fitted come last.
+      Rows `{"law", "free", "n", "rmse" (relative), "aic" (minus that of the best), "weight" (Akaike), "holdout" (rms
+      relative error), "holdout_mean", "refused"}`; those that could not be fitted come last.
 
     Raises:
       ValueError where the laws predict different quantities.
@@ -58,18 +58,19 @@ def select(table: Table, laws=DENSE, options: Options | None = None) -> list[dic
             row["refused"] = f"too few points: {n} rows for {k - 1} parameters"
             continue
         squares = replace(prob, delta=prob.delta and 1e6)  # Huber with so large a threshold is least squares
-        best = search(squares, thin=max(1, len(law.starts()) // STARTS))
+        thin = max(1, len(law.starts()) // STARTS)
+        best = search(squares, thin=thin)
         r = squares.residuals(best.params)
         # density of the target itself, so that laws with residuals on different scales can be compared
         jacobian = 0.0 if law.residual == "linear" else np.sum(np.log(prob.y))
         scale = np.log(10) if law.residual == "log10" else 1.0
         row["aic"] = n * np.log(np.mean((scale * r) ** 2)) + 2 * jacobian + 2 * k + 2 * k * (k + 1) / (n - k - 1)
-        row["rmse"] = float(np.sqrt(np.mean((np.log(prob.y) - np.log(prob.predict(best.params))) ** 2)))
-        held = holdout(prob, table.rows, best.z, draws=1, seed=options.seed)
+        row["rmse"] = float(np.sqrt(np.mean((prob.y / prob.predict(best.params) - 1) ** 2)))
+        held = holdout(prob, table.rows, best.z, draws=1, seed=options.seed, thin=thin)
         if held["refused"]:
             row["refused"] = f"hold-out: {held['refused']}"
             continue
-        error = np.log([point["observed"] / point["predicted"] for point in held["points"]])
+        error = np.array([point["observed"] / point["predicted"] - 1 for point in held["points"]])
         row |= {"holdout": float(np.sqrt(np.mean(error**2))), "holdout_mean": float(np.mean(error))}
     scores = np.array([np.inf if row["aic"] is None else row["aic"] for row in out])
     if np.isfinite(scores).any():

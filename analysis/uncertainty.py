@@ -122,11 +122,11 @@ def prediction_draws(prob: Problem, draws, residuals, x, *, free: int, seed: int
     return law * np.exp(noise * (np.log(10) if prob.law.residual == "log10" else 1.0))
 
 
-def holdout(prob: Problem, frame, near, draws: int = 400, *, level: float = 0.95, seed: int = 0) -> dict:
+def holdout(prob: Problem, frame, near, draws: int = 400, *, level: float = 0.95, seed: int = 0, thin: int = 7) -> dict:
     """Fits without the dearest budget and predicts it: errors beside the predicted spread.
 
     `frame` holds the rows of `prob` in order; `near` is the optimum of the whole table, [free], one start besides every
-    seventh of the grid. The dearest budget is the last of its budget groups (`budget_groups`), or the top fifth by
+    `thin`-th of the grid. The dearest budget is the last of its budget groups (`budget_groups`), or the top fifth by
     compute where there are none. Errors are ln(observed/predicted), or differences for a law with linear residuals.
     Returns `{"refused": reason}` where the cheaper rows are too few.
     """
@@ -145,7 +145,7 @@ def holdout(prob: Problem, frame, near, draws: int = 400, *, level: float = 0.95
         return {**out, "refused": f"{n_fit} rows remain for {free} parameters without the {how}"}
     out |= {"fitted_up_to": float(order[~held].max()), "predicted_from": float(order[held].min())}
     weights = (~held).astype(float)
-    optimum = search(prob, weights, extra=near, thin=7)
+    optimum = search(prob, weights, extra=near, thin=thin)
     sample = bootstrap(prob, optimum, draws, weights=weights, seed=seed)
     x = {name: values[held] for name, values in prob.x.items()}
     predicted = prob.predict(optimum.params, x) + 0 * prob.y[held]

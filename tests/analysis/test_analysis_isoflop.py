@@ -117,6 +117,9 @@ def test_budgets_by_column_by_gaps_or_none():
     assert [sorted(g.tolist()) for g in groups] == [[0, 1, 4], [2, 3, 5]]
     named = budget_groups(pd.DataFrame({"budget": list("bbaaba")}), C)
     assert [sorted(g.tolist()) for g in named] == [[0, 1, 4], [2, 3, 5]]
+    one = pd.DataFrame({"C": C[[0, 1, 4]], "N": [1e6, 2e6, 3e6], "loss": [3.0, 2.9, 3.0]})
+    with pytest.raises(ValueError, match=r"column 'C' holds one budget only \(1.01e\+18 FLOP\)"):
+        profiles(one)
     spread = np.geomspace(1e18, 1e20, 40)
     assert budget_groups(pd.DataFrame({"C": spread}), spread) is None
 
