@@ -86,15 +86,20 @@ def split(op, function):
 
 def _divisible(axes, arrays):
     """{"batch": mesh axes, "heads": mesh axes}, without those that do not divide their dimension."""
-    batch, _, heads = next(arrays[name] for name in ("v", "x") if name in arrays).shape[:3]
-    # One key head serves every value head: it stays whole.
-    counts = {heads, *(arrays[name].shape[2] for name in ("q", "k") if name in arrays)} - {1}
-    sizes = {name: math.prod(axes.mesh.shape[axis] for axis in getattr(axes, name)) for name in ("batch", "heads")}
-    fits = {"batch": batch % sizes["batch"] == 0, "heads": all(count % sizes["heads"] == 0 for count in counts)}
-    return {name: getattr(axes, name) for name in fits if fits[name]}
+    tokens = [x.shape for name, x in arrays.items() if _layout(name, x) == _TOKENS]
+    # A single head that serves all others (multi-query attention, B and C of Mamba-2) stays whole.
+    heads = max(shape[2] for shape in tokens), *(shape[2] for shape in tokens if shape[2] > 1)
+    counts = {"batch": [tokens[0][0]], "heads": heads}
+    sizes = {name: math.prod(axes.mesh.shape[axis] for axis in getattr(axes, name)) for name in counts}
+    return {name: getattr(axes, name) for name in counts if all(n % sizes[name] == 0 for n in counts[name])}
+
+
+def _layout(name, x):
+    return ("heads",) if name == "log_decay" and x.ndim == 1 else _LAYOUT[name]
 
 
 def _spec(name, x, names):
-    layout = ("heads",) if name == "log_decay" and x.ndim == 1 else _LAYOUT[name]
-    whole = {"heads"} if name in ("q", "k", "a", "b") and x.shape[2] == 1 else set()
-    return PartitionSpec(*(None if axis in whole else names.get(axis) for axis in layout))
+    layout = _layout(name, x)
+    if layout == _TOKENS and x.shape[2] == 1:
+        layout = ("batch",)
+    return PartitionSpec(*(names.get(axis) for axis in layout))

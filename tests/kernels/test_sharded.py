@@ -71,9 +71,10 @@ def test_sharded_equals_one_device(mesh, name):
     assert jax.tree.leaves(got[1][1])[0].sharding.spec == PartitionSpec(rows, heads)
 
 
-def test_sharded_attention(mesh):
-    rng = np.random.default_rng(1)
-    q, k, sinks = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, 11, 4, 8), (4, 11, 2, 8), (4,)))
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_sharded_attention(mesh, kv_heads):
+    rng, shapes = np.random.default_rng(1), ((4, 11, 4, 8), (4, 11, kv_heads, 8), (4,))
+    q, k, sinks = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes)
     ids = jnp.asarray(rng.random((4, 11)) < 0.2, jnp.int32)
 
     def loss(q, k, sinks):
@@ -93,6 +94,7 @@ def test_sharded_attention(mesh):
     [
         (Shape(B=4, T=11, H=3, G=3), PartitionSpec(("data", "fsdp"))),
         (Shape(B=4, T=11, H=6, G=3), PartitionSpec(("data", "fsdp"))),
+        (Shape(B=4, T=11, H=1, G=1), PartitionSpec(("data", "fsdp"))),
         (Shape(B=3, T=11, H=4, G=2), PartitionSpec(None, None, "tensor")),
     ],
 )
