@@ -97,6 +97,8 @@ def fit_envelope(curves, table: Table, options: Options | None = None) -> Fit:
         "grid_points": len(columns), "sizes_on_envelope": len(np.unique(N[best])),
         "compute": [float(grid[columns[0]]), float(grid[columns[-1]])],
         "bootstrap_share_usable": len(draws.get("a_N", [])) / max(min(options.bootstrap, 400), 1),
+        "envelope": [{"C": float(grid[c]), "N": float(N[b]), "loss": float(loss[b, c])}
+                     for c, b in zip(columns, best, strict=True)],
     }  # fmt: skip
     fit.seconds = time.perf_counter() - began
     return fit

@@ -130,6 +130,43 @@ def _smooth(curve, per_decade: int = 10):
 
 
 @_styled
+def envelopes(fits: dict, curves, runs, *, group: str = "arch"):
+    """Approach 1: learning curves with their lower envelope, and below it the size of the best run against compute.
+
+    Args:
+      fits: name -> Fit of `envelope.fit_envelope`, none of them refused.
+      curves, runs: as for `loss_curves`.
+    """
+    figure, axes = _figure(len(fits), 2, height=3.2, sharex=True, sharey="row")
+    lines = {key: part for key, part in curves.groupby("run_id")}
+    for (top, bottom), (name, fit) in zip(axes.T, fits.items(), strict=True):
+        mine = runs[runs[group] == name] if group in runs else runs
+        for run_id in mine["run_id"]:
+            if run_id in lines:
+                top.plot(*_smooth(lines[run_id]), color="0.75", lw=0.8)
+        C, N, loss = (np.array([point[key] for point in fit.quality["envelope"]]) for key in ("C", "N", "loss"))
+        top.plot(C, loss, ".", color=ARCH_COLOURS[1], ms=4, label="lower envelope, inner sizes")
+        top.set(
+            xscale="log",
+            yscale="log",
+            title=name,
+            xlim=(C[0] / 3, C[-1] * 3),
+            ylim=(loss.min() * 0.9, loss.max() * 1.3),
+        )
+        top.legend()
+        bottom.plot(C, N, ".", color=ARCH_COLOURS[1], ms=4, label="size of the best run")
+        law = fit.params["A_N"]["value"] * C ** fit.params["a_N"]["value"]
+        bottom.plot(C, law, color=ARCH_COLOURS[0], label=f"N* ∝ C^{fit.params['a_N']['value']:.2f}")
+        bottom.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)")
+        bottom.legend()
+    axes[0, 0].set_ylabel("training loss (nats/token)")
+    axes[1, 0].set_ylabel("parameters N")
+    _plain_log(axes[0, 0].yaxis)
+    _few_labels(axes[1, 0].xaxis)
+    return figure
+
+
+@_styled
 def isoflop(profiles: dict[str, list[Profile]], *, level: float = 0.95, xlabel="parameters N"):
     """IsoFLOP profiles, one panel per architecture: points, parabolas, minima with intervals; refused ones hollow."""
     figure, axes = _figure(len(profiles), sharex=True, sharey=True, height=4.4)
@@ -239,7 +276,7 @@ def curve(law, fits: dict, x: str, *, level: float = 0.95, scale: str = "log", t
     """
     figure, axes = _figure(width=6.0)
     ax, quantiles = axes[0, 0], [(1 - level) / 2, (1 + level) / 2]
-    variable = next(v for v in law.variables if v.name == x)
+    unit = next(v.unit for v in law.variables if v.name == x)
     for (name, (fit, frame)), colour, marker in zip(fits.items(), _cycle(ARCH_COLOURS), _cycle(MARKERS), strict=False):
         values = frame[x].to_numpy(float)
         low = values[values > 0].min() if scale == "log" else values.min()
@@ -252,8 +289,7 @@ def curve(law, fits: dict, x: str, *, level: float = 0.95, scale: str = "log", t
             with np.errstate(all="ignore"):
                 band = np.nanquantile(law.predict(draws, where, np), quantiles, axis=0)
             ax.fill_between(at, *band, color=colour, alpha=0.18, lw=0)
-    ax.set(xscale=scale, xlabel=f"{variable.meaning} ({variable.unit})", title=title)
-    ax.set_ylabel(f"{law.target.name} ({law.target.unit})")
+    ax.set(xscale=scale, xlabel=f"{x} ({unit})", ylabel=f"{law.target.name} ({law.target.unit})", title=title)
     ax.legend()
     return figure
 

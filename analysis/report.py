@@ -80,6 +80,9 @@ def build(
         shown = dict(zip(frontiers, share_floor(list(frontiers.values()))[0], strict=True))
         figures["isoflop"] = plots.isoflop({k: f.profiles for k, f in frontiers.items()}, level=options.level)
         figures["frontiers"] = plots.frontiers(shown, level=options.level)
+    found = {s["name"]: s["envelope"] for s in sections if s["envelope"] and not s["envelope"].refused}
+    if found:
+        figures["envelope"] = plots.envelopes(found, curves, table.rows, group=axis)
     if curves is not None and len(curves) and "run_id" in table.rows:
         figures["loss curves"] = plots.loss_curves(curves, table.rows, group=axis, excluded=table.excluded)
     return {

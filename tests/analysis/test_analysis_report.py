@@ -124,11 +124,27 @@ class Checker(HTMLParser):
 
 def test_report_says_what_was_run_found_and_refused(store, tmp_path):
     argv = ["--store", str(store), "--out", str(tmp_path / "r.html"), "--bootstrap", "100", "--quiet"]
+    argv += ["--figures", str(tmp_path / "figures")]
     assert cli.run(report.main, report.parser(), argv) == 0
     page = Checker((tmp_path / "r.html").read_text())
     text = " ".join(" ".join(page.text).split())
-    assert len(page.images) == 8 and all(image["src"].startswith("data:image/svg+xml") for image in page.images)
+    assert len(page.images) == 9 and all(image["src"].startswith("data:image/svg+xml") for image in page.images)
     assert "gla needs 0.6" in text
+    drawn = ["envelope", "frontiers", "gain", "isoflop", "loss_curves", "parametric_attention", "parametric_gla",
+             "residuals_attention", "residuals_gla"]  # fmt: skip
+    files = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert files == sorted(f"{name}.{kind}" for name in drawn for kind in ("pdf", "svg"))
+    for part in (
+        "Profile likelihood beside the bootstrap",
+        "envelope of learning curves",
+        "Huber threshold 0.01",
+        "without the dearest budget",
+        "hardware",
+        "Akaike weight",
+        "by both AIC",
+        "forward FLOPs per token",
+    ):
+        assert part in text, part
     for reason in ("loss is nan at step 40", "out of memory", "planned, not run", "done, but final_loss is missing"):
         assert reason in text
     assert "Excluded (8)" in text and "next budget" in text
