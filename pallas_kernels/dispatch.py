@@ -46,6 +46,11 @@ def _structs(arguments):
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for name, x in arguments.items()}
 
 
+def _by_channel(arguments):
+    """Decays per channel: their GPU kernel runs when named only, until all of its tests have passed on a GPU."""
+    return arguments["log_decay"] is not None and arguments["log_decay"].ndim == 4
+
+
 def choose(op, implementation, arguments):
     """(name, function) for operator `op` called with `arguments` (dict by name).
 
@@ -58,7 +63,9 @@ def choose(op, implementation, arguments):
         for name, (platform, _) in _KERNELS.items():
             if platform == jax.default_backend() and (name == "cudnn" or partition.per_device(op)):
                 function, supports = _load(op, name)
-                if function is not None and supports(**_structs(arguments)) is None:
+                if function is None or op == "linear_attention" and name == "pallas_gpu" and _by_channel(arguments):
+                    continue
+                if supports(**_structs(arguments)) is None:
                     return name, _split(op, name, function)
         return "xla", _load(op, "xla")[0]
     if implementation not in IMPLEMENTATIONS:
