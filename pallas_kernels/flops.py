@@ -150,12 +150,12 @@ def _tpu_chunks(rows, chunk_size):
 def _tpu_scores(chunk, K, decay, rows):
     """`tpu.tiles.Decay` and its scores of `rows` matrices against one, with the prefix sums made before the kernel.
 
-    A decay per channel finds anchors and multiplies whole squares at every level; others transpose the sums once.
+    A decay per channel finds anchors and multiplies whole squares at every level.
     """
     square = chunk * chunk
     if decay == "channel":
         return len(_levels(chunk)) * (4 + 2 * rows) * square * K + _prefix_sums(chunk, K)
-    return 4 * chunk * square + 2 * rows * square * K + _prefix_sums(chunk, 1)
+    return 2 * rows * square * K + _prefix_sums(chunk, 1)
 
 
 def _tpu_inverse(chunk):

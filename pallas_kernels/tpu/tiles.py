@@ -96,8 +96,7 @@ class Decay:
         self.carry = jnp.exp(coarse[last] + fine[last])
         if not self.per_channel:
             i, j = _positions(self.size)
-            ones, eye = jnp.ones((self.size, self.size), jnp.float32), matrix(i == j)
-            gap = (coarse - dot(ones, eye * coarse)) + (fine - dot(ones, eye * fine))
+            gap = (coarse - coarse.T) + (fine - fine.T)
             self.weights = jnp.exp(jnp.where(i >= j, gap, -jnp.inf))
 
     def _level(self, s):
