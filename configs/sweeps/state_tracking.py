@@ -6,7 +6,8 @@
 
 Trained on words of 40 letters, evaluated on longer ones. By 2411.12537 a recurrence with eigenvalues in [0, 1] only
 can't keep parity at every length; with beta in [0, 2] the delta rule can reflect, which is all that parity and swaps
-of two things take. :cpu is parity alone, 12 cells for two cores; :gpu has both groups and more mixers, 42 cells.
+of two things take. :cpu is parity alone, 12 cells for two cores; :gpu has both groups and more mixers, 42 cells (not
+run yet).
 
 S_3 with all six elements as letters was not learned in 1000 steps, not even with two reflections per token
 (2502.10297).
