@@ -128,7 +128,8 @@ class LM:
     def _walk(self, params, x, ctx, visit, state=None, remat="none"):
         """visit(block, x, ctx, block's state) -> x, out for every block in turn.
 
-        Returns x and {group: {block name: out}}, those of "pattern" with a leading axis over repeats.
+        Returns x and {group: {block name: out}}, those of "pattern" with a leading axis over repeats. With `state` they
+        are tuples over repeats, like the states: stacked, every cache would be copied for every token.
         """
 
         def run(group, flow, inputs):
@@ -146,6 +147,14 @@ class LM:
             body = functools.partial(run, group)
             if group != "pattern":
                 flow, outs[group] = body(flow, inputs)
+                continue
+            if state is not None:
+                repeats = []
+                for i in range(self.repeats):
+                    states = {name: one[i] for name, one in state[group].items()}
+                    flow, out = body(flow, (_repeat(params[group], i), states))
+                    repeats.append(out)
+                outs[group] = {name: tuple(out[name] for out in repeats) for name in self.groups[group]}
                 continue
             if remat != "none":
                 body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
@@ -170,11 +179,10 @@ class LM:
         state = {"position": jnp.zeros(batch, jnp.int32)}
         for group, blocks in self.groups.items():
             for name in blocks:
-                mixer = self.parts[f"{group}/{name}"].bind(self._first(params, group, name)).mixer
-                one = mixer.init_state(batch, max_len)
-                if group == "pattern":
-                    one = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeats, *a.shape)), one)
-                _set(state, f"{group}/{name}", one)
+                block = params[group][name]
+                first = _repeat(block, 0) if group == "pattern" else block
+                one = self.parts[f"{group}/{name}"].bind(first).mixer.init_state(batch, max_len)
+                _set(state, f"{group}/{name}", (one,) * self.repeats if group == "pattern" else one)
         return state
 
     def prefill(self, params, tokens, max_len: int):
@@ -191,6 +199,8 @@ class LM:
             return block.prefill(x, ctx, max_len)
 
         x, state = self._walk(params, self._embed(params, tokens), ctx, visit)
+        for name, stacked in state.get("pattern", {}).items():
+            state["pattern"][name] = tuple(_repeat(stacked, i) for i in range(self.repeats))
         return self._logits(params, x[:, -1]), {"position": jnp.full(batch, length, jnp.int32), **state}
 
     def step(self, params, tokens, state):
@@ -202,10 +212,6 @@ class LM:
 
         x, new = self._walk(params, self._embed(params, tokens), Context(None, position), visit, state)
         return self._logits(params, x), {"position": position + 1, **new}
-
-    def _first(self, params, group, name):
-        block = params[group][name]
-        return jax.tree.map(lambda a: a[0], block) if group == "pattern" else block
 
 
 class Part:
@@ -234,6 +240,11 @@ class Part:
         state = jax.tree.map(lambda a: a, state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)
+
+
+def _repeat(stacked, i):
+    """One repeat of a pytree with a leading axis over repeats."""
+    return jax.tree.map(lambda a: a[i], stacked)
 
 
 def _plain(state):

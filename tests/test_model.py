@@ -1,11 +1,14 @@
 """The whole model: layouts, decoding, precision, caps, depth scaling."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.config import from_dict
+from efficient_lm import sharding
+from efficient_lm.config import MeshConfig, from_dict
 from efficient_lm.layers import layer_specs
 from efficient_lm.model import LM
 
@@ -95,6 +98,37 @@ def test_packed_documents_equal_separate_ones():
     packed, _ = jax.jit(lm)(params, x, segments, positions)
     alone = jnp.concatenate([lm(params, x[:, :7])[0], lm(params, x[:, 7:])[0]], 1)
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [
+    ["gla", "gated_deltanet", "attention"],
+    ["giver", "mamba2/none", "taker", "mla"],
+])  # fmt: skip
+def test_eight_devices_equal_one(pattern):
+    """Loss and gradients with rows over data and fsdp, matrices over fsdp and tensor, in a scan over repeats."""
+    mixers = {"giver": {"kind": "attention", "kv": "give"}, "taker": {"kind": "attention", "kv": "take"}}
+    # A large norm_eps, since tiny heads make the first token's norm ill-conditioned.
+    settings = {"n_layers": 2 * len(pattern), "scan_unroll": 1, "norm_eps": 1e-2, "mixers": mixers}
+    lm, params = make(pattern=pattern, **settings)
+    x = tokens(shape=(8, T))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), len(x), jax.devices()[:8])
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+    def loss(constrain):
+        return lambda params, x: jnp.mean(jnp.square(lm(params, x, constrain=constrain)[0]))
+
+    compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    want, want_grads = compiled(jax.value_and_grad(loss(lambda x: x)))(params, x)
+    places = jax.tree.map(lambda leaf: leaf.sharding, sharding.place(params, mesh))
+    spread = jax.value_and_grad(loss(sharding.residual_constraint(mesh)))
+    spread = compiled(spread, out_shardings=(sharding.replicated(mesh), places))
+    got, grads = spread(jax.device_put(params, places), jax.device_put(x, sharding.batch_sharding(mesh)))
+    split = [leaf for leaf in jax.tree.leaves(grads) if not leaf.is_fully_replicated]
+    assert len(split) > len(jax.tree.leaves(grads)) / 3
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    size = sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(want_grads)) ** 0.5
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b) + 1e-6 * size
 
 
 @pytest.mark.quick

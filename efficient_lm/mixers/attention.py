@@ -126,7 +126,7 @@ class Attention(Mixer):
 
     def _attend_step(self, q, k, v, filled, bias):
         """One token's q [B, H, D] over caches k, v [B, S, kv heads, D], of which `filled` [B, S] are there."""
-        k, v, from_rows = k.astype(q.dtype), v.astype(q.dtype), self._row_weights()
+        from_rows = self._row_weights()
         if from_rows is None:
             return api.attention_step(q, k, v, filled, bias=bias, **self._weights())
         scores = all_scores(q[:, None], k, self.scale, self.cfg.logit_cap or None)
@@ -186,7 +186,7 @@ class Attention(Mixer):
         heads, kv_heads, width = self.sizes
         slots, state = self._slots(max_len), {}
         if self.cfg.kv != "take":
-            keys = jnp.zeros((batch, slots, kv_heads, width), self.dtype)
+            keys = jnp.zeros((batch, kv_heads, slots, width), self.dtype)
             state |= {"k": keys, "v": keys}
         if self.cfg.forget_gate:  # sums of log forget gates: at the cached keys, and until now
             state |= {"totals": jnp.zeros((batch, slots, heads)), "total": jnp.zeros((batch, heads))}
@@ -196,7 +196,7 @@ class Attention(Mixer):
         y, k, v, log_forget = self._parallel(x, ctx)
         slots, state = self._slots(max_len), {}
         if self.cfg.kv != "take":
-            state |= {"k": cache.fill(k, slots, self.dtype), "v": cache.fill(v, slots, self.dtype)}
+            state |= {"k": cache.fill_heads(k, slots, self.dtype), "v": cache.fill_heads(v, slots, self.dtype)}
         if log_forget is not None:
             totals = jnp.cumsum(log_forget, 1)
             state |= {"totals": cache.fill(totals, slots), "total": totals[:, -1]}
@@ -206,8 +206,9 @@ class Attention(Mixer):
         position, new, bias = ctx.positions, {}, None
         q, (k, v) = self._queries(x, position), self._keys_values(x, ctx)
         if self.cfg.kv != "take":
-            k, v = cache.write(state["k"], k, position), cache.write(state["v"], v, position)
-            new |= {"k": k, "v": v}
+            new["k"] = cache.write_heads(state["k"], k, position)
+            new["v"] = cache.write_heads(state["v"], v, position)
+            k, v = cache.read_heads(new["k"], x.dtype), cache.read_heads(new["v"], x.dtype)
         if self.cfg.kv == "give":
             ctx.carry["kv"] = k, v
         if self.cfg.forget_gate:
@@ -215,7 +216,7 @@ class Attention(Mixer):
             totals = cache.write(state["totals"], total, position)
             bias = (total[:, None] - totals).swapaxes(1, 2)
             new |= {"total": total, "totals": totals}
-        return self._output(self._attend_step(q, k, v, cache.filled(k, position), bias), x), new
+        return self._output(self._attend_step(q, k, v, cache.filled(k.shape[1], position), bias), x), new
 
     def _slots(self, max_len):
         return min(max_len, self.cfg.window) if self.cfg.window else max_len

@@ -69,21 +69,24 @@ class DiagAttention(Mixer):
         return q, k, v
 
     def init_state(self, batch, max_len):
-        keys = jnp.zeros((batch, min(self.cfg.block, max_len), self.cfg.n_heads, self.width), self.dtype)
+        keys = jnp.zeros((batch, self.cfg.n_heads, min(self.cfg.block, max_len), self.width), self.dtype)
         return {"k": keys, "v": keys}
 
     def prefill(self, x, ctx, max_len):
         y, k, v = self._parallel(x, ctx)
         slots = min(self.cfg.block, max_len)
-        return y, {"k": cache.fill(k, slots, self.dtype), "v": cache.fill(v, slots, self.dtype)}
+        return y, {"k": cache.fill_heads(k, slots, self.dtype), "v": cache.fill_heads(v, slots, self.dtype)}
 
     def step(self, x, state, ctx):
         position = ctx.positions % self.cfg.block
         q, k, v = (part[:, 0] for part in self._project(x[:, None], ctx.positions[:, None]))
-        keys, values = cache.write(state["k"], k, position), cache.write(state["v"], v, position)
-        filled = cache.filled(keys, position)
-        y = api.attention_step(q, keys.astype(x.dtype), values.astype(x.dtype), filled, scale=self.scale)
-        return self.o(y.reshape(x.shape)), {"k": keys, "v": values}
+        state = {
+            "k": cache.write_heads(state["k"], k, position),
+            "v": cache.write_heads(state["v"], v, position),
+        }
+        keys, values = (cache.read_heads(state[name], x.dtype) for name in "kv")
+        y = api.attention_step(q, keys, values, cache.filled(keys.shape[1], position), scale=self.scale)
+        return self.o(y.reshape(x.shape)), state
 
     @classmethod
     def check(cls, cfg, model, path):

@@ -89,19 +89,23 @@ class Differential(Mixer):
 
     def init_state(self, batch, max_len):
         _, kv_heads, width = self.sizes
-        keys = jnp.zeros((batch, max_len, 2 * kv_heads, width), self.dtype)
-        return {"k": keys, "v": keys.reshape(batch, max_len, kv_heads, 2 * width)}
+        keys = jnp.zeros((batch, 2 * kv_heads, max_len, width), self.dtype)
+        return {"k": keys, "v": keys.reshape(batch, kv_heads, max_len, 2 * width)}
 
     def prefill(self, x, ctx, max_len):
         y, k, v = self._parallel(x, ctx)
-        return y, {"k": cache.fill(k, max_len, self.dtype), "v": cache.fill(v, max_len, self.dtype)}
+        return y, {"k": cache.fill_heads(k, max_len, self.dtype), "v": cache.fill_heads(v, max_len, self.dtype)}
 
     def step(self, x, state, ctx):
         q, k, v = self._project(x, ctx.positions)
-        k, v = cache.write(state["k"], k, ctx.positions), cache.write(state["v"], v, ctx.positions)
-        values, filled = self._twice(v.astype(x.dtype)), cache.filled(k, ctx.positions)
-        y = api.attention_step(q, k.astype(x.dtype), values, filled, scale=self.scale)
-        return self._output(y, x), {"k": k, "v": v}
+        state = {
+            "k": cache.write_heads(state["k"], k, ctx.positions),
+            "v": cache.write_heads(state["v"], v, ctx.positions),
+        }
+        keys, values = (cache.read_heads(state[name], x.dtype) for name in "kv")
+        filled = cache.filled(keys.shape[1], ctx.positions)
+        y = api.attention_step(q, keys, self._twice(values), filled, scale=self.scale)
+        return self._output(y, x), state
 
     @classmethod
     def check(cls, cfg, model, path):

@@ -113,7 +113,7 @@ class MLA(Mixer):
         up = split_heads(self.up.kernel[...].astype(x.dtype), self.cfg.n_heads)
         q_c, q_r = self._queries(x, ctx.positions)
         q = jnp.concatenate([jnp.einsum("bhn,rhn->bhr", q_c, up[..., :nope]), q_r], -1)
-        keys, filled = state[:, :, None].astype(x.dtype), cache.filled(state, ctx.positions)
+        keys, filled = state[:, :, None].astype(x.dtype), cache.filled(state.shape[1], ctx.positions)
         mean = api.attention_step(q, keys, keys[..., :rank], filled, scale=self.scale)
         return self.o(jnp.einsum("bhr,rhv->bhv", mean, up[..., nope:]).reshape(len(x), -1)), state
 

@@ -141,7 +141,7 @@ def test_caches_of_windows_hold_the_window_and_nothing_else():
     long = jax.random.normal(jax.random.key(3), (B, T, D))
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     state = mixer.init_state(B, T)
-    assert state["k"].shape == (B, 4, H, D // H)
+    assert state["k"].shape == (B, H, 4, D // H)
     step = compiled(lambda token, state, t: mixer.step(token, state, Context(None, t))[1])
     for t in range(T):
         state = step(long[:, t], state, positions[:, t])
