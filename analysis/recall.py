@@ -150,7 +150,7 @@ def _panels(rows, tasks, x, xlabel, level, show):
             for i, arch in enumerate(archs):
                 colour, marker = plots.ARCH_COLOURS[i % n], plots.MARKERS[i % n]
                 points = mine[mine["arch"] == arch]
-                ax.plot(points[x], points["accuracy"], marker, color=colour, ms=3, mew=0, alpha=0.45)
+                ax.plot(points[x], points["accuracy"], marker, color=colour, ms=4, mew=0, alpha=0.6)
                 means = summary(points, ["arch", x], level).sort_values(x) if len(points) else None
                 if means is not None:
                     bars = np.abs(means[["lo", "hi"]].to_numpy().T - means["accuracy"].to_numpy())
