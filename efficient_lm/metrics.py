@@ -132,6 +132,9 @@ def _finite(value):
     if isinstance(value, dict):
         pairs = {k: _finite(v) for k, v in value.items()}
         return {k: v for k, (v, _) in pairs.items()}, any(bad for _, bad in pairs.values())
+    if isinstance(value, list):
+        items = [_finite(item) for item in value]
+        return [item for item, _ in items], any(bad for _, bad in items)
     return value, False
 
 

@@ -92,7 +92,8 @@ class LM:
     def __call__(self, params, tokens, segment_ids=None, positions=None, constrain=lambda x: x):
         """tokens [B, T] -> logits [B, T, vocab_size] float32, aux {name: scalar, mean over layers}.
 
-        aux["observed"], where there is one, is what `next_state` needs; it adds up over micro-batches.
+        Names that end in _profile hold [layers, n] instead. aux["observed"], where there is one, is what `next_state`
+        needs; it adds up over micro-batches.
         segment_ids [B, T]: tokens with different ids don't see each other (0 = padding); positions [B, T] default
         to 0..T-1. `constrain` is applied to the residual stream (a sharding constraint).
         """
@@ -285,12 +286,23 @@ def _take_observed(outs):
 
 
 def _mean_over_layers(outs):
-    """{group: {block: {name: [layers]}}} -> {name: mean}, the sum where a name ends in _loss."""
+    """{group: {block: {name: [layers]}}} -> {name: mean}, the sum where a name ends in _loss.
+
+    Where a name ends in _profile the layers stay apart: [layers, n], prefix, each block of the pattern with all its
+    repeats, tail.
+    """
     collected = {}
     for aux in (aux for blocks in outs.values() for aux in blocks.values()):
         for name, values in aux.items():
-            collected.setdefault(name, []).append(jnp.ravel(values))
-    return {
-        name: (jnp.sum if name.endswith("_loss") else jnp.mean)(jnp.concatenate(values))
-        for name, values in collected.items()
-    }
+            shape = (-1, values.shape[-1]) if name.endswith("_profile") else (-1,)
+            collected.setdefault(name, []).append(jnp.reshape(values, shape))
+    return {name: _reduce(name, values) for name, values in collected.items()}
+
+
+def _reduce(name, values):
+    if name.endswith("_profile"):
+        # Layers with fewer entries than others end in zeros.
+        longest = max(value.shape[-1] for value in values)
+        values = [jnp.pad(value, ((0, 0), (0, longest - value.shape[-1]))) for value in values]
+        return jnp.concatenate(values)
+    return (jnp.sum if name.endswith("_loss") else jnp.mean)(jnp.concatenate(values))

@@ -61,7 +61,8 @@ class Recorder:
             self._read(*self.pending.popleft())
 
     def _read(self, step, n, logged):
-        host = {name: value.reshape(-1).tolist() for name, value in jax.device_get(logged).items()}
+        several = self.cfg.train.steps_per_call > 1  # then there is a leading axis
+        host = {name: (v if several else v[None]).tolist() for name, v in jax.device_get(logged).items()}
         self.watch.done(n)
         self.mirrors.advance(n)
         for i in range(n):

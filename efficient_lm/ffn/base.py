@@ -28,7 +28,7 @@ class FFN(nnx.Module):
         """Create parameters with `make` (layers.Maker)."""
 
     def __call__(self, x, ctx):
-        """x [B, T, d] -> y [B, T, d], aux {name: scalar}."""
+        """x [B, T, d] -> y [B, T, d], aux {name: scalar, or [n] where the name ends in _profile}."""
         raise NotImplementedError
 
     @staticmethod

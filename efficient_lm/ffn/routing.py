@@ -87,11 +87,13 @@ def z_loss(logits, real):
 
 def statistics(logits, routing: Routing, real) -> dict:
     """Scalars for the log: max_violation (largest load / mean load - 1), entropy of the router in nats, dead experts
-    (share without a token) and the root mean square of the logits."""
+    (share without a token) and the root mean square of the logits; and router_load_profile [E], loads / their mean."""
     load = loads(routing, real)
     entropy = -jnp.sum(jax.scipy.special.xlogy(routing.probabilities, routing.probabilities), axis=-1)
+    relative = load / jnp.maximum(jnp.mean(load), 1e-9)
     return {
-        "router_max_violation": jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9) - 1.0,
+        "router_load_profile": relative,
+        "router_max_violation": jnp.max(relative) - 1.0,
         "router_entropy": masked_mean(entropy, real),
         "router_dead_experts": jnp.mean(load == 0),
         "router_logit_rms": jnp.sqrt(masked_mean(jnp.mean(jnp.square(logits), axis=-1), real)),

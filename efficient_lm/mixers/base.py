@@ -47,9 +47,9 @@ class Mixer(nnx.Module):
         """x [B, T, d], ctx layers.Context -> y [B, T, d], aux {name: scalar}.
 
         Must not look at later tokens or, where ctx.segment_ids differ, at other documents. An aux entry whose
-        name ends in `_loss` is added to the training loss; the others are logged. A mixer that shares something
-        with later layers puts it into ctx.carry under the keys that `gives` names, also in `prefill` and `step`, where
-        it may be a whole cache instead of this token's part.
+        name ends in `_loss` is added to the training loss; the others are logged, one that ends in `_profile` as an
+        array [n] per layer. A mixer that shares something with later layers puts it into ctx.carry under the keys
+        that `gives` names, also in `prefill` and `step`, where it may be a whole cache instead of this token's part.
         """
         raise NotImplementedError
 

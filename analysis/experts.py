@@ -1,0 +1,68 @@
+"""Loads of the experts of a mixture over training, from the run's metrics.
+
+python -m analysis.experts --run runs/moe --out loads.svg
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from analysis import plots
+from analysis.load import DataError, load_curves
+
+SHOWN = 4  # layers, spread over the depth
+
+
+def loads(run) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [R], loads [R, layers, experts] relative to even ones) of a run directory. Raises DataError."""
+    curves = load_curves(run)
+    if "router_load_profile" not in curves:
+        raise DataError(f"--run {run}: has no column 'router_load_profile' in metrics.jsonl, so no mixture of experts")
+    rows = curves.dropna(subset=["router_load_profile"])
+    return rows["step"].to_numpy(), np.array(rows["router_load_profile"].tolist(), float)
+
+
+@plots._styled
+def figure(steps, load):
+    """Largest and smallest load of each layer over steps, and the loads of all experts in some layers."""
+    layers = np.unique(np.linspace(0, load.shape[1] - 1, SHOWN).round().astype(int))
+    result, axes = plots._figure(1 + len(layers), width=3.2, height=3.0)
+    axis, *maps = axes[0]
+    for i, layer in enumerate(layers):
+        colour = plots.ARCH_COLOURS[i]
+        axis.plot(steps, load[:, layer].max(-1), color=colour, label=f"layer {layer}")
+        axis.plot(steps, load[:, layer].min(-1), color=colour, linestyle=":")
+    axis.axhline(1.0, color="0.6", linewidth=0.8)
+    axis.set(xlabel="step", ylabel="load / mean load", title="largest and smallest (dotted)", ylim=(0, None))
+    axis.legend()
+    for axis, layer in zip(maps, layers, strict=True):
+        image = axis.imshow(
+            load[:, layer].T, aspect="auto", origin="lower", interpolation="nearest", cmap="viridis", vmin=0,
+            vmax=max(2.0, float(np.quantile(load, 0.99))), extent=(steps[0], steps[-1], -0.5, load.shape[2] - 0.5),
+        )  # fmt: skip
+        axis.set(title=f"layer {layer}", xlabel="step", ylabel="expert")
+        axis.grid(False)
+    result.colorbar(image, ax=maps, label="load / mean load")
+    return result
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m analysis.experts", description=__doc__.partition("\n")[0])
+    parser.add_argument("--run", required=True, help="run directory of efficient_lm.train")
+    parser.add_argument("--out", required=True, help="file to write: .svg, .pdf or .png")
+    args = parser.parse_args(argv)
+    try:
+        if not (Path(args.run) / "metrics.jsonl").is_file():
+            raise DataError(f"--run {args.run}: is no run directory (it has no metrics.jsonl)")
+        figure(*loads(args.run)).savefig(args.out)
+    except (DataError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
