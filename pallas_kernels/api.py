@@ -232,7 +232,8 @@ def causal_conv1d(x, weight, bias=None, *, activation=None, initial_state=None, 
 
     Args:
       x: [B, T, D].  weight: [W, D], its last row for the current token.  bias: [D] or None.
-      initial_state: [B, W - 1, D] inputs before the first token, oldest first; None = zeros. final_state likewise.
+      initial_state: [B, W - 1, D] inputs before the first token, oldest first; None = zeros. final_state likewise, in
+        the dtype of x, since it holds inputs and no sums.
       segment_ids: [B, T]; taps that reach before the start of a segment read zero.
     """
     if x.ndim != 3:

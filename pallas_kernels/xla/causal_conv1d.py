@@ -18,12 +18,12 @@ def causal_conv1d(x, weight, bias=None, *, activation=None, initial_state=None, 
     if segment_ids is not None:  # running number of the segment: the id alone may come back later
         start = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
         segment = jnp.pad(jnp.cumsum(start, 1, dtype=jnp.int32), ((0, 0), (taps - 1, 0)))
-        padded_now = segment[:, taps - 1:]
+        current = segment[:, taps - 1:]
     y = jnp.zeros((batch, length, width), acc) if bias is None else bias.astype(acc)
     for j in range(taps):
         tap = padded[:, j:j + length].astype(acc)
         if segment is not None:
-            tap = jnp.where((segment[:, j:j + length] == padded_now)[..., None], tap, 0)
+            tap = jnp.where((segment[:, j:j + length] == current)[..., None], tap, 0)
         y = y + weight[j].astype(acc) * tap
     y = jax.nn.silu(y) if activation == "silu" else y
     final = padded[:, length:]
