@@ -16,8 +16,8 @@ HALF = SHAPE.T // 2  # not a multiple of the chunk of 16
 FORWARD = [f for f in FAMILIES if not f.options.get("reverse")]
 # XLA without its slow machine-code optimiser: the same buffers and arithmetic, for programs that run once.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
-LONG = ("linear", "retention", "simple_gla", "gla", "rwkv6", "normalised", "gated_deltanet", "kda", "deltaproduct",
-        "rwkv7", "mlstm", "diagonal", "diagonal_complex")
+LONG = ("linear", "retention", "simple_gla", "gla", "rwkv6", "normalised", "deltanet", "gated_deltanet", "kda",
+        "deltaproduct", "rwkv7", "mlstm", "diagonal", "diagonal_complex")
 # One family per kernel whose chunk size matters.
 CHUNKED = [f for f in FAMILIES if f.name in ("retention", "simple_gla", "gla", "gated_deltanet", "kda", "rwkv7")]
 

@@ -219,9 +219,9 @@ def test_rotation_of_retnet_sees_only_differences_of_positions(x):
     assert not np.allclose(run(mixer, x, 2 * shifted), run(mixer, x), rtol=1e-2)
 
 
-def test_decay_spectra():
+def test_decay_spectra(x):
     """RetNet 2307.08621; the two of Lightning attention, which fall with depth."""
-    np.testing.assert_allclose(np.exp(make("retnet", n_heads=H)._decay()), [31 / 32, 63 / 64], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(make("retnet", n_heads=H)._decay(x)), [31 / 32, 63 / 64], rtol=1e-6)
     mixer = make("lightning", n_heads=H)
     for decay, first, last in (("alibi", [2.0**-4, 2.0**-8], 1e-5), ("linear", [0.0, 4.0], 0.25)):
         model = from_dict({"model": {"n_layers": 4, "pattern": ["lightning"]}}).model
