@@ -26,7 +26,10 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--d-model", type=int, default=1024, help="width of the residual stream (default 1024)")
     parser.add_argument("--seq-len", type=int, default=2048, help="T (default 2048)")
-    parser.add_argument("--runs", help="run store of configs/sweeps/mixers.py: adds the loss of each at equal FLOPs")
+    parser.add_argument(
+        "--runs",
+        help="run store of configs/sweeps/mixers.py, or its run.json rows in a file: adds losses at equal FLOPs",
+    )
     parser.add_argument(
         "--conformance", help="adds the outcome of `pytest tests/conformance/test_mixers.py --junitxml FILE`"
     )
@@ -112,7 +115,9 @@ def conformance(path: str) -> dict[str, str]:
 
 def matched_losses(store: str) -> tuple[dict[str, str], str]:
     """({mixer: loss at its best learning rate, with the range over seeds}, a note on the runs). Raises ConfigError."""
-    infos = [json.loads(path.read_text()) for path in sorted(Path(store).glob("*/run.json"))]
+    path = Path(store)
+    rows = path.read_text().splitlines() if path.is_file() else [p.read_text() for p in sorted(path.glob("*/run.json"))]
+    infos = [json.loads(row) for row in rows]
     infos = [info for info in infos if "mixer" in info["sweep"] and info["status"] in ("done", "diverged")]
     if not infos:
         raise ConfigError(f"--runs {store}: has no finished runs of configs/sweeps/mixers.py")

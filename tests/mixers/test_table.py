@@ -30,6 +30,9 @@ def test_losses_are_those_of_the_best_learning_rate(tmp_path):
     losses, note = __main__.matched_losses(tmp_path)
     assert losses == {"gla": "1.500 +-0.200 (lr 0.003)", "kda": "diverged"}
     assert "6 runs of 8e+11" in note
+    rows = "".join((path / "run.json").read_text() + "\n" for path in tmp_path.iterdir())
+    (tmp_path / "rows.jsonl").write_text(rows)
+    assert __main__.matched_losses(tmp_path / "rows.jsonl") == (losses, note)
 
 
 def test_conformance_counts_variants_and_not_skipped_tests(tmp_path):
