@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import MASKED
+from pallas_kernels.attention import attention as plain
 from pallas_kernels.steps import accumulation_dtype
 from pallas_kernels.xla import common
 from pallas_kernels.xla.common import einsum
@@ -47,6 +48,9 @@ def attention(q, k, v, *, scale, window, segment_ids, sinks, logit_cap, log_forg
     """See `pallas_kernels.api.attention`."""
     batch, length, heads, _ = q.shape
     groups, (n, block) = k.shape[2], blocks(length)
+    if n == 1 and jax.default_backend() == "cpu":  # a scan of one step costs four times the plain form there
+        return plain(q, k, v, scale=scale, window=window, segment_ids=segment_ids, sinks=sinks, logit_cap=logit_cap,
+                     log_forget=log_forget, sigmoid_bias=sigmoid_bias)
     acc = accumulation_dtype(q, k, v)
     totals = None
     if log_forget is not None:
