@@ -24,11 +24,11 @@ def loads(run) -> tuple[np.ndarray, np.ndarray]:
     return rows["step"].to_numpy(), np.array(rows["router_load_profile"].tolist(), float)
 
 
-@plots._styled
+@plots.styled
 def figure(steps, load):
     """Largest and smallest load of each layer over steps, and the loads of all experts in some layers."""
     layers = np.unique(np.linspace(0, load.shape[1] - 1, SHOWN).round().astype(int))
-    result, axes = plots._figure(1 + len(layers), width=3.2, height=3.0)
+    result, axes = plots.new_figure(1 + len(layers), width=3.2, height=3.0)
     axis, *maps = axes[0]
     for i, layer in enumerate(layers):
         colour = plots.ARCH_COLOURS[i]

@@ -29,7 +29,7 @@ STYLE = {
 }  # fmt: skip
 
 
-def _styled(draw):
+def styled(draw):
     @functools.wraps(draw)
     def inner(*args, **kwargs):
         with plt.rc_context(STYLE):
@@ -38,7 +38,7 @@ def _styled(draw):
     return inner
 
 
-def _figure(columns=1, rows=1, width=5.2, height=4.0, **kwargs):
+def new_figure(columns=1, rows=1, width=5.2, height=4.0, **kwargs):
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **kwargs)
     plt.close(figure)  # the caller saves it; keep pyplot's list of open figures empty
     return figure, axes
@@ -81,7 +81,7 @@ def _colour_bar(figure, axes, norm, label="training compute C (FLOP)"):
     figure.colorbar(scale, ax=axes, label=label, pad=0.02, aspect=30)
 
 
-@_styled
+@styled
 def loss_curves(curves, runs, *, group: str = "arch", excluded=None):
     """Training loss against training FLOPs, smoothed, one panel per architecture.
 
@@ -91,7 +91,7 @@ def loss_curves(curves, runs, *, group: str = "arch", excluded=None):
       excluded: rows left out, drawn as dashed grey lines.
     """
     names = list(dict.fromkeys(runs[group])) if group in runs else ["all runs"]
-    figure, axes = _figure(len(names), sharex=True, sharey=True)
+    figure, axes = new_figure(len(names), sharex=True, sharey=True)
     norm = _norm(runs["C"])
     lines = {key: part for key, part in curves.groupby("run_id")} if len(curves) else {}
     finals = [curve["loss"].iloc[-1] for curve in lines.values() if np.isfinite(curve["loss"].iloc[-1])]
@@ -129,7 +129,7 @@ def _smooth(curve, per_decade: int = 10):
     return means["flops"].to_numpy(), means["loss"].to_numpy()
 
 
-@_styled
+@styled
 def envelopes(fits: dict, curves, runs, *, group: str = "arch"):
     """Approach 1: learning curves with their lower envelope, and below it the size of the best run against compute.
 
@@ -137,7 +137,7 @@ def envelopes(fits: dict, curves, runs, *, group: str = "arch"):
       fits: name -> Fit of `envelope.fit_envelope`, none of them refused.
       curves, runs: as for `loss_curves`.
     """
-    figure, axes = _figure(len(fits), 2, height=3.2, sharex=True, sharey="row")
+    figure, axes = new_figure(len(fits), 2, height=3.2, sharex=True, sharey="row")
     lines = {key: part for key, part in curves.groupby("run_id")}
     for (top, bottom), (name, fit) in zip(axes.T, fits.items(), strict=True):
         mine = runs[runs[group] == name] if group in runs else runs
@@ -166,10 +166,10 @@ def envelopes(fits: dict, curves, runs, *, group: str = "arch"):
     return figure
 
 
-@_styled
+@styled
 def isoflop(profiles: dict[str, list[Profile]], *, level: float = 0.95, xlabel="parameters N"):
     """IsoFLOP profiles, one panel per architecture: points, parabolas, minima with intervals; refused ones hollow."""
-    figure, axes = _figure(len(profiles), sharex=True, sharey=True, height=4.4)
+    figure, axes = new_figure(len(profiles), sharex=True, sharey=True, height=4.4)
     norm = _norm([p.C for found in profiles.values() for p in found])
     for ax, (name, found) in zip(axes[0], profiles.items(), strict=True):
         for p in found:
@@ -199,10 +199,10 @@ def isoflop(profiles: dict[str, list[Profile]], *, level: float = 0.95, xlabel="
     return figure
 
 
-@_styled
+@styled
 def parametric(fit, law, frame, *, title: str = ""):
     """A fit of `loss(N, D)`: predicted against observed, and lines of equal loss in the (N, D) plane."""
-    figure, axes = _figure(2, height=4.3)
+    figure, axes = new_figure(2, height=4.3)
     x = {name: frame[name].to_numpy(float) for name in ("N", "D")}
     observed, predicted = frame["loss"].to_numpy(float), law.predict(fit.values, x, np)
     C = frame["C"].to_numpy(float) if "C" in frame else 6 * x["N"] * x["D"]
@@ -246,10 +246,10 @@ def parametric(fit, law, frame, *, title: str = ""):
     return figure
 
 
-@_styled
+@styled
 def residuals(fit, law, frame, *, title: str = ""):
     """Observed over predicted loss, minus 1, against parameters, tokens and compute: structure means a missing term."""
-    figure, axes = _figure(3, width=4.2, height=3.4, sharey=True)
+    figure, axes = new_figure(3, width=4.2, height=3.4, sharey=True)
     x = {variable.name: frame[variable.name].to_numpy(float) for variable in law.variables}
     rest = 100 * (frame[law.target.name].to_numpy(float) / law.predict(fit.values, x, np) - 1)
     C = frame["C"].to_numpy(float) if "C" in frame else 6 * x["N"] * x["D"]
@@ -266,7 +266,7 @@ def residuals(fit, law, frame, *, title: str = ""):
     return figure
 
 
-@_styled
+@styled
 def curve(law, fits: dict, x: str, *, level: float = 0.95, scale: str = "log", title: str = ""):
     """Points, fitted curves and their bands against one variable of any law.
 
@@ -274,7 +274,7 @@ def curve(law, fits: dict, x: str, *, level: float = 0.95, scale: str = "log", t
       fits: name -> (Fit, frame of rows); the law's other variables are held at the median of the frame.
       x: the variable along the axis; `scale` of that axis: log or linear.
     """
-    figure, axes = _figure(width=6.0)
+    figure, axes = new_figure(width=6.0)
     ax, quantiles = axes[0, 0], [(1 - level) / 2, (1 + level) / 2]
     unit = next(v.unit for v in law.variables if v.name == x)
     for (name, (fit, frame)), colour, marker in zip(fits.items(), _cycle(ARCH_COLOURS), _cycle(MARKERS), strict=False):
@@ -294,10 +294,10 @@ def curve(law, fits: dict, x: str, *, level: float = 0.95, scale: str = "log", t
     return figure
 
 
-@_styled
+@styled
 def frontiers(found: dict[str, Frontier], *, level: float = 0.95):
     """L*(C) and N*(C) of each architecture with bands; a budget without an accepted minimum is hollow."""
-    figure, axes = _figure(2, height=4.2)
+    figure, axes = new_figure(2, height=4.2)
     left, right = axes[0]
     quantiles = [(1 - level) / 2, (1 + level) / 2]
     for (name, f), colour, marker in zip(found.items(), _cycle(ARCH_COLOURS), _cycle(MARKERS), strict=False):
@@ -344,7 +344,7 @@ def frontiers(found: dict[str, Frontier], *, level: float = 0.95):
     return figure
 
 
-@_styled
+@styled
 def gain(found: dict[str, Frontier], base: str, level: float = 0.95):
     """Compute-equivalent gain over `base` against compute, with bands; dashed beyond the losses that the base reaches.
 
@@ -352,7 +352,7 @@ def gain(found: dict[str, Frontier], base: str, level: float = 0.95):
     """
     from analysis.frontier import share_floor
 
-    figure, axes = _figure(1, width=6.2)
+    figure, axes = new_figure(1, width=6.2)
     ax = axes[0, 0]
     ax.axhline(1, color=ARCH_COLOURS[0], lw=1.5, label=f"{base} (base)")
     top = [1.0]

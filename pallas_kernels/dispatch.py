@@ -25,7 +25,7 @@ _KERNELS = {
 IMPLEMENTATIONS = ("reference", "xla", *_KERNELS)
 
 
-def _load(op, implementation):
+def _load(op, implementation, named=True):
     """(operator function, supports function), or (None, reason) when this package has no such kernel."""
     if implementation == "reference":
         return getattr(importlib.import_module("pallas_kernels.reference"), op), None
@@ -38,17 +38,12 @@ def _load(op, implementation):
     if platform == "gpu" and jax.default_backend() != "gpu":
         return None, f"needs an NVIDIA GPU, the default backend is {jax.default_backend()}"
     module = importlib.import_module(name)
-    return getattr(module, op), module.supports
+    return getattr(module, op), module.supports if named else getattr(module, "supports_unnamed", module.supports)
 
 
 def _structs(arguments):
     """Arrays as ShapeDtypeStructs, the rest unchanged."""
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for name, x in arguments.items()}
-
-
-def _by_channel(arguments):
-    """Decays per channel: their GPU kernel runs when named only, until all of its tests have passed on a GPU."""
-    return arguments["log_decay"] is not None and arguments["log_decay"].ndim == 4
 
 
 def choose(op, implementation, arguments):
@@ -62,10 +57,8 @@ def choose(op, implementation, arguments):
     if implementation is None:
         for name, (platform, _) in _KERNELS.items():
             if platform == jax.default_backend() and (name == "cudnn" or partition.per_device(op)):
-                function, supports = _load(op, name)
-                if function is None or op == "linear_attention" and name == "pallas_gpu" and _by_channel(arguments):
-                    continue
-                if supports(**_structs(arguments)) is None:
+                function, supports = _load(op, name, named=False)
+                if function is not None and supports(**_structs(arguments)) is None:
                     return name, _split(op, name, function)
         return "xla", _load(op, "xla")[0]
     if implementation not in IMPLEMENTATIONS:

@@ -139,17 +139,20 @@ class MoE(FFN):
 
         ids = None if ctx is None else ctx.segment_ids
         real = jnp.ones(len(tokens)) if ids is None else (ids.reshape(-1) > 0).astype(jnp.float32)
-        aux = routing.statistics(logits, routed, real)
+        load = jax.lax.stop_gradient(routing.loads(routed, real))
+        aux = routing.statistics(logits, routed, real, load)
         if cfg.capacity_factor or cfg.parallel == "expert":
             aux["router_dropped"] = routing.masked_mean(dropped, real)
         if cfg.balance:
-            parts = rows if cfg.balance_scope == "sequence" else 1
-            load = None if self.load is None else self.load[...]
-            aux["balance_loss"] = cfg.balance * routing.balance_loss(routed, real, parts, load)
+            if cfg.balance_scope == "sequence":
+                balance = routing.balance_loss(routed, real, rows)
+            else:
+                balance = routing.balance_loss(routed, real, load=load if self.load is None else self.load[...])
+            aux["balance_loss"] = cfg.balance * balance
         if cfg.z_loss:
             aux["router_z_loss"] = cfg.z_loss * routing.z_loss(logits, real)
         if self.bias is not None or self.load is not None or self.temperature is not None:
-            aux["observed"] = {"load": jax.lax.stop_gradient(routing.loads(routed, real))}
+            aux["observed"] = {"load": load}
         return y, aux
 
     def _experts(self, x, routed, rows):

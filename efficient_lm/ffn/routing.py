@@ -62,11 +62,12 @@ def loads(routing: Routing, real):
     return jnp.sum(chosen * real[:, None], axis=0)
 
 
-def balance_loss(routing: Routing, real, rows: int, load=None):
+def balance_loss(routing: Routing, real, rows: int = 1, load=None):
     """E sum_e f_e P_e, 1 at perfect balance (2101.03961, with the 1/k of top-k routing).
 
     f_e: share of the choices that went to e, P_e: mean probability. Taken over each of `rows` equal parts of the
-    tokens and averaged; f comes from `load` [E] where that is given (2501.11873: the balance of a whole step).
+    tokens and averaged; f comes from `load` [E] where that is given: that of these tokens, or of the whole last step
+    (2501.11873).
     """
     n_experts, k = routing.probabilities.shape[-1], routing.experts.shape[-1]
     real = real.reshape(rows, -1, 1)
@@ -85,10 +86,9 @@ def z_loss(logits, real):
     return masked_mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)), real)
 
 
-def statistics(logits, routing: Routing, real) -> dict:
+def statistics(logits, routing: Routing, real, load) -> dict:
     """Scalars for the log: max_violation (largest load / mean load - 1), entropy of the router in nats, dead experts
     (share without a token) and the root mean square of the logits; and router_load_profile [E], loads / their mean."""
-    load = loads(routing, real)
     entropy = -jnp.sum(jax.scipy.special.xlogy(routing.probabilities, routing.probabilities), axis=-1)
     relative = load / jnp.maximum(jnp.mean(load), 1e-9)
     return {

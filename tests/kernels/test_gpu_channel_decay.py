@@ -91,3 +91,14 @@ def test_gpu_output_is_bitwise_causal_and_repeatable():
     changed = run(*(x.at[:, 700:].multiply(0.5) for x in (q, k, v, log_decay)))[0]
     assert jnp.array_equal(first, again)
     assert jnp.array_equal(first[:, :700], changed[:, :700]) and not jnp.array_equal(first, changed)
+
+
+def test_decays_per_channel_are_chosen_by_name_only(monkeypatch):
+    """Until all tests of this file have passed on a GPU."""
+    monkeypatch.setattr(gpu, "not_hopper", lambda: None)
+    q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    per_token = jax.ShapeDtypeStruct((1, 64, 2), jnp.float32)
+    arguments = {"q": q, "k": q, "v": q}
+    assert gpu.supports(**arguments, log_decay=q) is None
+    assert "when named only" in gpu.supports_unnamed(**arguments, log_decay=q)
+    assert gpu.supports_unnamed(**arguments, log_decay=per_token) is gpu.supports_unnamed(**arguments) is None

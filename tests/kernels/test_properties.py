@@ -158,7 +158,7 @@ def test_sequences_of_8192_tokens(family):
 
 @by_name([f for f in FAMILIES if not f.options.get("reverse")])
 def test_memory_is_linear_in_length(family):
-    """Peak temporaries of forward and backward: about four times for four times T, below ten times the inputs."""
+    """Peak temporaries of forward and backward: four times for four times T, and below ten times the inputs."""
     def temporaries(length):
         s = Shape(B=1, T=length, H=1, G=1, K=32, V=32)
         arrays = jax.eval_shape(lambda: cast(family.make(np.random.default_rng(0), s, "plain"), jnp.float32))
@@ -167,8 +167,9 @@ def test_memory_is_linear_in_length(family):
         memory = jax.jit(grad).lower(arrays).compile(FAST_COMPILE).memory_analysis()
         return memory.temp_size_in_bytes, sum(x.size * x.dtype.itemsize for x in arrays.values())
 
-    (small, _), (large, inputs) = temporaries(2048), temporaries(8192)
-    assert large < 5 * small  # a square of T would be 16 times; placing the buffers is not exactly linear
+    # Below 4096 tokens XLA plans some families' buffers in another way, with up to a fifth less a token.
+    (small, _), (large, inputs) = temporaries(4096), temporaries(16384)
+    assert large < 4.1 * small
     assert large < 10 * inputs
 
 
