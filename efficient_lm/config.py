@@ -70,7 +70,9 @@ class DataConfig:
     path: str = setting("", "directory written by efficient_lm.data.prepare (source 'prepared')")
     tokenizer: str = setting("bytes", "'bytes', or a tokenizer file that the prepared data must match")
     pack: str = setting(
-        "documents", "'documents' resets state at document starts, 'stream' does not", choices=("documents", "stream")
+        "documents",
+        "'documents' resets state at document starts, 'stream' does not, 'bos' neither: each row begins with one token",
+        choices=("documents", "stream", "bos"),
     )
     validation_fraction: float = setting(0.05, "share of documents held out", low=0.0, high=0.5)
     validation_tokens: int = setting(131072, "validation tokens per evaluation, the same for every run", low=1)

@@ -312,8 +312,8 @@ def open_split(cfg: Config, split: str, batch_size: int):
 
 
 def fields_used(cfg: Config, batch: dict) -> dict:
-    """`batch` without segment ids and positions in 'stream' packing: a model without resets can take faster paths."""
-    dropped = ("segment_ids", "positions") if cfg.data.pack == "stream" else ()
+    """`batch` without segment ids and positions where rows are not reset: the model can take faster paths then."""
+    dropped = () if cfg.data.pack == "documents" else ("segment_ids", "positions")
     return {name: array for name, array in batch.items() if name not in dropped}
 
 

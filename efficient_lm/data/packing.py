@@ -9,6 +9,9 @@ resume are free. What it loses is context where a document is cut at a row borde
 pack = "documents": segment_ids count documents within the row from 1, positions restart at each of them, and the
   last token of a document isn't asked to predict the first token of the next one (loss_mask 0).
 pack = "stream": one segment a row; the model reads on over document borders.
+pack = "bos": as "stream", and each row begins with one more token, always the same: the first id that the tokenizer
+  leaves free, so that the vocabulary grows by one. The row's T targets are then the window's first T tokens. Attention
+  sinks gather on such a token (2410.10781, 2410.13835). A prompt or an evaluation is given none.
 """
 
 import numpy as np
@@ -23,15 +26,17 @@ class TokenWindows:
 
     tokens: [N] unsigned ints; offsets: int64 [documents + 1], starts of the split's documents in `tokens` and the
     end of the last. Windows lie inside offsets[0] .. offsets[-1].
+    bos: id of the token of pack = "bos".
     limit: keep only about this many tokens, in blocks spread evenly over the split. Blocks are VALIDATION_BLOCK
       tokens (or T, if longer), so that every T that divides VALIDATION_BLOCK sees the same tokens.
     """
 
-    def __init__(self, tokens, offsets, seq_len: int, pack: str, limit: int | None = None):
+    def __init__(self, tokens, offsets, seq_len: int, pack: str, limit: int | None = None, bos: int = 0):
         self._tokens = tokens
         self._offsets = offsets
         self._seq_len = seq_len
         self._documents = pack == "documents"
+        self._bos = bos if pack == "bos" else None
         n = int(offsets[-1] - offsets[0])
         if n < seq_len + 1:
             raise ConfigError(f"seq_len = {seq_len}: this split has {n} tokens and needs at least seq_len + 1")
@@ -56,9 +61,12 @@ class TokenWindows:
         starts = starts + self._offsets[0]
         window = self._views[starts]
         shape = (len(ids), T)
+        inputs, targets = window[:, :-1].astype(np.int32), window[:, 1:].astype(np.int32)
+        if self._bos is not None:
+            targets, inputs = inputs, np.concatenate([np.full((len(ids), 1), self._bos, np.int32), inputs[:, :-1]], 1)
         batch = {
-            "inputs": window[:, :-1].astype(np.int32),
-            "targets": window[:, 1:].astype(np.int32),
+            "inputs": inputs,
+            "targets": targets,
             "segment_ids": np.ones(shape, np.int32),
             "positions": np.broadcast_to(np.arange(T, dtype=np.int32), shape).copy(),
             "loss_mask": np.ones(shape, np.float32),

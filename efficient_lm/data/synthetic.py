@@ -17,6 +17,7 @@ def synthetic_rows(name, cfg, *, vocab_size, seq_len, seed, split, n_uniforms, m
     facts: what goes into the spec, for example `loss_floor` in nats per counted token.
     Validation rows are the same for every seed.
     """
+    need(cfg.pack != "bos", "config.data.pack", cfg.pack, "for text only; synthetic rows take 'documents' or 'stream'")
     address = key(name, split, seed if split == "train" else 0)
     positions = np.arange(seq_len, dtype=np.int32)
 

@@ -17,11 +17,12 @@ def store_rows(store: stores.Store, cfg, *, seq_len: int, split: str) -> Rows:
     part = store.split(split, cfg.validation_fraction)
     offsets = store.documents[part.start : part.stop + 1]
     limit = cfg.validation_tokens if split == "validation" else None
-    windows = TokenWindows(store.tokens, offsets[:, 0], seq_len, cfg.pack, limit)
+    vocab_size = store.spec["tokenizer"]["vocab_size"]
+    windows = TokenWindows(store.tokens, offsets[:, 0], seq_len, cfg.pack, limit, bos=vocab_size)
     n_tokens, n_bytes = (int(x) for x in offsets[-1] - offsets[0])
     spec = {
         **{k: store.spec[k] for k in ("name", "about", "tokenizer", "n_documents", "n_tokens", "n_bytes", "sha256")},
-        "vocab_size": store.spec["tokenizer"]["vocab_size"],
+        "vocab_size": vocab_size + (cfg.pack == "bos"),
         "tokenizer_hash": store.spec["tokenizer"]["hash"],
         "bytes_per_token": n_bytes / n_tokens,
         "split": split,

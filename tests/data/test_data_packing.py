@@ -66,6 +66,19 @@ def test_stream_packing_reads_on_over_document_borders(config):
     np.testing.assert_array_equal(rows["targets"].ravel(), tokens[offsets[0] + 1 : offsets[0] + 1 + n])
 
 
+def test_bos_packing_leads_every_row_with_a_token_of_its_own(config):
+    for split in ("train", "validation"):
+        options = {"seq_len": T, "batch_size": 3, "seed": 1, "split": split}
+        stream, bos = (open_data(config(pack=pack), **options) for pack in ("stream", "bos"))
+        assert bos.vocab_size == stream.vocab_size + 1 and len(bos) == len(stream)
+        plain, led = stream[0], bos[0]
+        assert (led["inputs"][:, 0] == stream.vocab_size).all() and led["inputs"][:, 1:].max() < stream.vocab_size
+        np.testing.assert_array_equal(led["targets"], plain["inputs"])
+        np.testing.assert_array_equal(led["inputs"][:, 1:], led["targets"][:, :-1])
+        for name in ("segment_ids", "positions", "loss_mask"):
+            np.testing.assert_array_equal(led[name], plain[name])
+
+
 def test_no_validation_document_is_in_training(config, documents):
     cfg = config(validation_fraction=0.3)
     store = open_store(cfg.path)
