@@ -9,15 +9,16 @@ of the run table (activation ratio, granularity 2 d_model / d_expert, shared rat
 dense FFN is as wide as the activated experts, three times the model.
 
 :cpu    two CPU cores; A from 1 to 9 % and two granularities, three budgets
-:gpu    one GPU for half an hour, bytes of prepared text, 160M of which are read 1.4 times at most. A from 1 to 3 % at
-        G = 2, G = 2 to 8 and with or without a shared expert at A = 9 %, four budgets and a fifth for dense models.
-        :gpu-0 to :gpu-4 are one budget each, for pieces that end with something to fit; :gpu-lr is half and twice the
-        learning rate for four architectures at one size of the second budget. The weights of a token's experts sum to
-        1 here, and "-raw" is the published way: it leaves them at 2 / experts at first, which costs short runs
-        (300 steps of 4096 tokens, width 48, 16 experts, CPU: 1.652 nats per byte instead of 1.621, dense 1.747; half
-        and twice the learning rate 1.668 and 1.740, dense 1.773 and 1.764, one seed each). What came out of the first
-        128 cells: analysis/notebooks/efficiency_leverage.ipynb. Their best widths were mostly the smallest ones, which
-        is why smaller ones are here now; batches of 16384 tokens leave 130 to 700 steps at the smallest budget
+:gpu    one GPU for half an hour, bytes of prepared text, 160M of which are read 1.4 times at most. A from 3 to 60 % at
+        G = 2, G up to 8 at A = 9 and 33 %, with or without a shared expert; three budgets, a fourth for four of the
+        architectures and a fifth for dense models, so that they reach the losses of the others. The weights of a
+        token's experts sum to 1 here, and "-raw" is the published way: it leaves them at 2 / experts at first, which
+        costs short runs (300 steps of 4096 tokens, width 48, 16 experts, CPU: 1.652 nats per byte instead of 1.621,
+        dense 1.747; half and twice the learning rate 1.668 and 1.740, dense 1.773 and 1.764, one seed each)
+:gpu-seeds  three seeds of the main architectures at one or two sizes of each budget: the noise between runs
+:gpu-lr     half and twice the learning rate for four architectures at one size of the second budget
+        Launch all three into one store: cells that are there are not run again. What came out:
+        analysis/notebooks/efficiency_leverage.ipynb
 :paper  the published ladder, 2e18 to 6e20 FLOPs, with its settings; needs prepared data and many GPUs. Experts are as
         wide as the model at G = 2 (the first published size has 320 of 384)
 """
@@ -29,14 +30,15 @@ from sweeps.combine import Cell
 from sweeps.isoflop import IsoFlop
 from sweeps.rules import BATCH_RULES, LR_RULES, constant, inverse_width
 
-VARIANTS = ("cpu", "gpu", "gpu-0", "gpu-1", "gpu-2", "gpu-3", "gpu-4", "gpu-lr", "paper")
+VARIANTS = ("cpu", "gpu", "gpu-seeds", "gpu-lr", "paper")
 
-# Compute budget: widths.
+# Compute budget: widths. From 3.2e14 on only the main architectures, and at 1e15 only dense models.
 GPU = {
-    1e13: (32, 48, 64, 96, 128), 3.2e13: (48, 64, 96, 128, 192), 1e14: (64, 96, 128, 192, 256),
-    3.2e14: (96, 128, 192, 256),
-    1e15: (128, 192, 256, 384),  # dense models alone, so that they reach the losses of the others
+    1e13: (32, 48, 64, 96), 3.2e13: (48, 64, 96, 128), 1e14: (64, 96, 128, 192),
+    3.2e14: (96, 128, 192),
+    1e15: (128, 192, 256),
 }  # fmt: skip
+SEEDS = {1e13: (48,), 3.2e13: (64,), 1e14: (64, 96), 3.2e14: (128,)}
 
 # Layers, width, largest budget (table of 2507.17702; its head counts beyond the first row are not given there).
 PAPER = [
@@ -109,20 +111,20 @@ def get_sweep(variant="cpu"):
             lr=inverse_width(0.2),
             batch=constant(512),
         )
-    if variant == "gpu-lr":
-        some = archs(dense(), moe(8), moe(32), moe(96))
-        return [
-            cell | Cell(axes={"lr_factor": factor})
-            for factor in (0.5, 2.0)
-            for cell in gpu(some, {3.2e13: (96,)}, factor).cells(f"{__file__}:gpu")[0]
-        ]
     if variant.startswith("gpu"):
-        if variant == "gpu":
-            return [cell for i in range(len(GPU)) for cell in get_sweep(f"gpu-{i}").cells(f"{__file__}:gpu")[0]]
-        budget = list(GPU)[int(variant[-1])]
-        ratios = [moe(experts) for experts in (4, 8, 16, 32, 96)]
-        others = [moe(32, granularity=4), moe(32, granularity=8), moe(32, shared=0), moe(32, normalise=False)]
-        return gpu(archs(dense(), *(ratios + others if budget < 1e15 else [])), {budget: GPU[budget]})
+        main = archs(dense(), moe(8), moe(32), moe(96))
+        if variant == "gpu-lr":
+            return [
+                cell | Cell(axes={"lr_factor": factor})
+                for factor in (0.5, 2.0)
+                for cell in gpu(main, {3.2e13: (96,)}, lr_factor=factor)
+            ]
+        if variant == "gpu-seeds":
+            return gpu(main, SEEDS, seeds=3)
+        others = [moe(4), moe(16), moe(32, granularity=4), moe(32, granularity=8), moe(8, granularity=8)]
+        every = main | archs(*others, moe(32, shared=0), moe(32, normalise=False))
+        few = {3.2e14: main, 1e15: archs(dense())}
+        return [cell for budget in GPU for cell in gpu(few.get(budget, every), {budget: GPU[budget]})]
     return IsoFlop(
         archs=archs(dense(), *(moe(experts) for experts in (2, 4, 8, 16, 32, 64, 128, 256)),
                     *(moe(64, granularity) for granularity in (4, 8, 16))),
@@ -133,10 +135,10 @@ def get_sweep(variant="cpu"):
     )  # fmt: skip
 
 
-def gpu(archs, widths, lr_factor=1.0) -> IsoFlop:
+def gpu(archs, widths, lr_factor=1.0, seeds=1) -> list[Cell]:
     """Three layers at every width: mixed depths make ragged curves. One batch size, so that shapes compile once."""
     attention = "model.mixers.attention.n_heads"
-    return IsoFlop(
+    sweep = IsoFlop(
         archs=archs,
         shapes={
             budget: [shape(3, width) | {attention: max(1, width // 32)} for width in some]
@@ -145,7 +147,9 @@ def gpu(archs, widths, lr_factor=1.0) -> IsoFlop:
         budgets=tuple(widths),
         lr=inverse_width(0.7 * lr_factor),
         batch=constant(64 * 256),
+        seeds=seeds,
     )
+    return sweep.cells(f"{__file__}:gpu")[0]
 
 
 def shape(layers: int, width: int) -> dict:

@@ -14,7 +14,7 @@ def test_cells_as_choices_keep_their_axes():
     ]
 
 
-@pytest.mark.parametrize("variant", ["cpu", "gpu", "gpu-2", "gpu-lr", "paper"])
+@pytest.mark.parametrize("variant", ["cpu", "gpu", "gpu-seeds", "gpu-lr", "paper"])
 def test_labels_match_the_models_and_active_flops_the_dense_ones(variant):
     cells = make_plan(f"configs/sweeps/efficiency_leverage.py:{variant}").cells
     assert len({cell.run_id for cell in cells}) == len(cells)
@@ -39,17 +39,17 @@ def test_labels_match_the_models_and_active_flops_the_dense_ones(variant):
     assert len(plain) == len({*map(tuple, plain)})
 
 
-def test_pieces_of_the_gpu_sweep_are_its_cells():
+def test_seeds_and_learning_rates_add_to_the_gpu_sweep():
+    """In one store, the first seed and the middle rate are run once."""
     file = "configs/sweeps/efficiency_leverage.py"
-    whole = {cell.run_id for cell in make_plan(f"{file}:gpu").cells}
-    pieces = [{cell.run_id for cell in make_plan(f"{file}:gpu-{i}").cells} for i in range(5)]
-    assert set.union(*pieces) == whole and sum(map(len, pieces)) == len(whole)
-    rates = make_plan(f"{file}:gpu-lr").cells
-    middle = {
-        cell.arch: cell.config.optim.lr for cell in make_plan(f"{file}:gpu-1").cells if cell.axes["d_model"] == 96
-    }
-    for cell in rates:
-        assert cell.config.optim.lr == pytest.approx(cell.axes["lr_factor"] * middle[cell.arch], rel=1e-3)
+    whole = {cell.run_id: cell for cell in make_plan(f"{file}:gpu").cells}
+    seeds = make_plan(f"{file}:gpu-seeds").cells
+    assert {cell.config.seed for cell in seeds} == {0, 1, 2}
+    assert all((cell.run_id in whole) == (cell.config.seed == 0) for cell in seeds)
+    middle = {(cell.arch, cell.axes["budget"], cell.axes["d_model"]): cell.config.optim.lr for cell in whole.values()}
+    for cell in make_plan(f"{file}:gpu-lr").cells:
+        lr = middle[cell.arch, cell.axes["budget"], cell.axes["d_model"]]
+        assert cell.config.optim.lr == pytest.approx(cell.axes["lr_factor"] * lr, rel=1e-3)
 
 
 def test_flops_in_the_convention_of_the_paper():
