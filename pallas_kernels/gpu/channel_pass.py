@@ -29,9 +29,11 @@ from pallas_kernels.gpu.tiles import (
     launch,
     present,
     products,
+    refined_inverse,
     release,
     rows,
     tile,
+    two_parts,
     unit_lower_inverse,
 )
 
@@ -96,8 +98,9 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
     Args: q, k [B, T, H, K] bf16, g [B, T, H, K] natural log decays; T a multiple of 64, K 64 or 128. beta: float32
       [B, H, N, 64] of a delta rule, or None.
     Returns: dict with a [B, H, N, 64, 64], x and y [B, T, H, K] in bf16, total [B, H, N, K] float32 = log2 decay of
-      each chunk; with beta also what `kda_pass` erases with, w = -k * e^b [B, T, H, K] and, with M = A for q = k and
-      scale 1, inverse = (I + diag(beta) strictly lower M)^-1 diag(beta) [B, H, N, 64, 64].
+      each chunk. With beta also w = -k * e^b [B, T, H, K] and T, t_low [B, H, N, 64, 64], the two bf16 parts of
+      T = (I + diag(beta) strictly lower M)^-1 diag(beta), where M = A for q = k and scale 1; a then holds A T and y
+      holds T^T Y, see `kda_pass`.
     """
     b_size, t_size, heads, k_size = q.shape
     chunks, n, dtype = t_size // CHUNK, k_size // BLOCK, q.dtype
@@ -109,8 +112,8 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
     scratch = {"q": tile((n, CHUNK, BLOCK), dtype), "k": tile((n, CHUNK, BLOCK), dtype),
                "log_decay": tile(SQUARE, jnp.float16), "z": tile(SQUARE, dtype)}
     if erase:
-        outs |= {"w": outs["y"], "inverse": outs["a"]}
-        scratch |= {"w": scratch["k"], "beta": plgpu.SMEM((CHUNK,), jnp.float32)}
+        outs |= {"w": outs["y"], "t": outs["a"], "t_low": outs["a"]}
+        scratch |= {"w": scratch["k"], "t": [tile(SQUARE, dtype)] * 2, "beta": plgpu.SMEM((CHUNK,), jnp.float32)}
 
     def body(*refs):
         names = (*operands, *outs)
@@ -158,18 +161,30 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
             if erase:
                 smem["w"].at[b][...] = (-k_own * entering).astype(dtype)
             plgpu.commit_smem()
-            for name, out in (("q", "x"), ("k", "y"), ("w", "w"))[: 2 + erase]:
+            for name, out in (("q", "x"), ("w", "w")) if erase else (("q", "x"), ("k", "y")):
                 plgpu.copy_smem_to_gmem(smem[name].at[b], gmem[out].at[batch, here, head, mine])
-        levels.put(scores[0] * scale)
-        plgpu.copy_smem_to_gmem(levels.z, gmem["a"].at[batch, head, chunk])
+        a = scores[0] * scale
         if erase:
             beta_row = rows(plgpu.load(smem["beta"], layout=WGMMA.reduce(1)), SQUARE)
             lower = jnp.where(row > col, scores[1], 0.0) * beta_row
             inverse = unit_lower_inverse(lower, levels.g, interpret=interpret)
-            beta_col = columns(plgpu.load(smem["beta"], layout=WGMMA.reduce(0)), SQUARE)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            levels.put(inverse * beta_col)
-            plgpu.copy_smem_to_gmem(levels.z, gmem["inverse"].at[batch, head, chunk])
+            inverse = refined_inverse(inverse, lower, levels.g, interpret=interpret)
+            inverse = inverse * columns(plgpu.load(smem["beta"], layout=WGMMA.reduce(0)), SQUARE)
+            t, t_low = smem["t"]
+            t[...], t_low[...] = two_parts(inverse, dtype)
+            plgpu.commit_smem()
+            for name, part in (("t", t), ("t_low", t_low)):
+                plgpu.copy_smem_to_gmem(part, gmem[name].at[batch, head, chunk])
+            a, a_low = two_parts(a, dtype)
+            a, = add_products((zeros(), (a, a, a_low), (t, t_low, t)), interpret=interpret)
+            for b in range(n):
+                y_tile = smem["k"].at[b]
+                y, = products(((t.transpose(T_CONTRACT), t_low.transpose(T_CONTRACT)), (y_tile, y_tile)))
+                y_tile[...] = y.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(y_tile, gmem["y"].at[batch, here, head, pl.ds(b * BLOCK, BLOCK)])
+        levels.put(a)
+        plgpu.copy_smem_to_gmem(levels.z, gmem["a"].at[batch, head, chunk])
         plgpu.wait_smem_to_gmem(0)
 
     got = plgpu.kernel(
@@ -345,11 +360,13 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
         row, col = levels.row, levels.col
         w = between_halves("do", "v", row, col) * scale
         own = rows(jnp.sum(jnp.where(row == col, w, 0.0), axis=1), SQUARE)
-        w = w.astype(dtype)
         if erase:
-            w_erase = (-between_halves("dv", "v", row, col)).astype(dtype)
+            w, w_low = two_parts(w, dtype)
+            w_erase, w_erase_low = two_parts(-between_halves("dv", "v", row, col), dtype)
             held = jnp.sum(load(smem["dv"].at[part]) * load(smem["v"].at[part]), axis=1)
             gmem["held"].at[batch, head, part, here][...] = held
+        else:
+            w = w.astype(dtype)
         kept = sum(jnp.sum(load(s) * load(r), axis=1) for s, r in zip(whole("entering"), whole("leaving"), strict=True))
         smem["carried"][...] = kept * jnp.exp2(total_row)
         levels.g[...] = decays.astype(levels.g.dtype)
@@ -363,10 +380,12 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
             d_erase, = products((whole("dv"), turned("entering")))
             d_erase = -d_erase * entered
             dk, dlog = dk + d_erase, dlog + k_own * d_erase
+            whole("do")[0][...], whole("dv")[0][...] = w_low, w_erase_low
         dy, = products((whole("v"), turned("leaving")))
         dy = dy * levels.decay(row < col)
         written = smem["leaving"][0]
         written[...] = (k_own * dy).astype(dtype)
+        plgpu.commit_smem()
         dk = dk + dy
 
         def level(i, carry):
@@ -375,18 +394,22 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
             right, decay = levels.weights(size)
             halves = levels.halves_of(size)
 
-            def gradient(scores, weighted):
+            def gradient(weighted, *scores):
                 """(gradient of the tokens before their decay, change of dlog) through one kind of scores."""
                 z = levels.put(weighted)
-                scores = jnp.where(halves, scores, jnp.zeros(SQUARE, dtype))
-                dz, = add_products((zeros(), scores, levels.z), interpret=interpret)
+                scores = tuple(jnp.where(halves, part, jnp.zeros(SQUARE, dtype)) for part in scores)
+                dz, = add_products((zeros(), scores, (levels.z,) * len(scores)), interpret=interpret)
                 reach = z.astype(jnp.float32) * dz
                 return dz * decay, jnp.where(right, reach, -reach)
 
-            dz, reach = gradient(w, jnp.where(right, load(smem["q"]), load(smem["k"])) * decay)
+            def low_part(name):
+                """Scores of a delta rule cancel against keys that look alike: their rounding would add up."""
+                return (plgpu.load(whole(name)[0], layout=WGMMA),) if erase else ()
+
+            dz, reach = gradient(jnp.where(right, load(smem["q"]), load(smem["k"])) * decay, w, *low_part("do"))
             dq, dk, dlog = dq + jnp.where(right, dz, 0.0), dk + jnp.where(right, 0.0, dz), dlog + reach
             if erase:
-                dz, reach = gradient(w_erase, load(smem["k"]) * decay)
+                dz, reach = gradient(load(smem["k"]) * decay, w_erase, *low_part("dv"))
                 dk, dlog = dk + dz, dlog + reach
             return dq, dk, dlog
 

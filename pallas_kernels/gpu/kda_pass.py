@@ -1,10 +1,12 @@
 """Mosaic GPU kernels (Hopper) for the two walks of Kimi Delta Attention: a delta rule with a decay per key channel.
 
-One head and one chunk of 64 tokens, with A, X, Y, w = -k e^b, total and the inverse I_b = T diag(beta) from
-`channel_pass.chunk_weights`, S the entering state and R the gradient of the leaving one:
-    U  = I_b (V + w S),   O  = A U + X S,   S <- diag(2^total) S + Y^T U                               `kda_forward`
-    dV = I_b^T (A^T dO + Y R),              R <- diag(2^total) R + X^T dO + w^T dV                     `kda_reverse`
-The other gradients are `channel_pass.chunk_gradients`. Value columns are independent: every compute warpgroup owns 64.
+One head and one chunk of 64 tokens, S the entering state, R the gradient of the leaving one, A and Y as in
+`channel_pass`, w = -k e^b and T the solved triangle times diag(beta):
+    E  = V + w S,   O = (A T) E + X S,   S <- diag(2^total) S + (T^T Y)^T E           `kda_forward`
+    dV = (A T)^T dO + (T^T Y) R,         R <- diag(2^total) R + X^T dO + w^T dV       `kda_reverse`
+U = T E alternates in sign where keys look alike, and Y^T U and A U are small differences of it: so U is not what gets
+rounded, A T and T^T Y are (`channel_pass.chunk_weights`). Only the other gradients need U (`chunk_gradients`). Value
+columns are independent: every compute warpgroup owns 64.
 """
 import jax
 import jax.numpy as jnp
@@ -39,31 +41,27 @@ def kda_forward(weights, v, init, *, output, split, interpret=None):
     Returns: dict with state [B, H, K, V] float32 and o [B, T, H, V], or instead of o, u [B, T, H, V] and the states
       entering the chunks, entering [B, H, N, K, V] bf16.
     """
-    names = ("w", "y", "inverse", "total", *(("x", "a") if output else ()))
+    names = ("w", "y", "total", *(("x", "a") if output else ("t", "t_low")))
     operands = present(**{name: weights[name] for name in names}, z=v, init=init)
     results = ("o",) if output else ("u", "entering")
 
     def chunk(walk):
         smem, s16, own = walk.smem, walk.state16, walk.own
         if output:
-            error, o = products((smem("w"), s16), (smem("x"), s16))
+            error, result = products((smem("w"), s16), (smem("x"), s16))
         else:
             error, = products((smem("w"), s16))
+            result = plgpu.layout_cast(jnp.zeros_like(error), WGMMA)
         error = error + plgpu.load(smem("z"), layout=WGMMA).astype(jnp.float32)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk wrote has left shared memory
         own[...] = error.astype(own.dtype)
         plgpu.commit_smem()
-        u, = products((smem("inverse"), own))
-        own[...] = u.astype(own.dtype)
-        plgpu.commit_smem()
         write = walk.decayed_state(), smem("y").transpose(T_CONTRACT), own
-        if not output:
-            walk.store("u", own)
-            return add_products(write, interpret=interpret)[0]
-        state, o = add_products(write, (o, smem("a"), own), interpret=interpret)
-        own[...] = o.astype(own.dtype)
+        squares = (smem("a"),) if output else (smem("t"), smem("t_low"))
+        state, result = add_products(write, (result, squares, (own,) * len(squares)), interpret=interpret)
+        own[...] = result.astype(own.dtype)
         plgpu.commit_smem()
-        walk.store("o", own)
+        walk.store(results[0], own)
         return state
 
     return _walk(chunk, operands, results, reverse=False, split=split, interpret=interpret)
@@ -76,16 +74,13 @@ def kda_reverse(weights, do, dfinal, *, split, interpret=None):
     Returns: dict with dv [B, T, H, V], entering [B, H, N, K, V] bf16 = R of every chunk, and state [B, H, K, V], the
       gradient of the initial state.
     """
-    names = ("w", "x", "y", "inverse", "total", "a")
+    names = ("w", "x", "y", "total", "a")
     operands = present(**{name: weights[name] for name in names}, z=do, init=dfinal)
 
     def chunk(walk):
         smem, own = walk.smem, walk.own
-        du, = products(((smem("y"), smem("a").transpose(T_CONTRACT)), (walk.state16, smem("z"))))
+        dv, = products(((smem("y"), smem("a").transpose(T_CONTRACT)), (walk.state16, smem("z"))))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        own[...] = du.astype(own.dtype)
-        plgpu.commit_smem()
-        dv, = products((smem("inverse").transpose(T_CONTRACT), own))
         own[...] = dv.astype(own.dtype)
         plgpu.commit_smem()
         walk.store("dv", own)
@@ -113,7 +108,7 @@ class _Chunk:
 def _walk(chunk_step, operands, results, *, reverse, split, interpret):
     """Walks all chunks of every head; `chunk_step(_Chunk)` returns the next state.
 
-    Operands: w, x, y [B, T, H, K], a, inverse [B, H, N, 64, 64], total [B, H, N, K], z [B, T, H, V], init or none.
+    Operands: w, x, y [B, T, H, K], a, t, t_low [B, H, N, 64, 64], total [B, H, N, K], z [B, T, H, V], init or none.
     """
     b_size, t_size, heads, k_size = operands["y"].shape
     v_size, dtype = operands["z"].shape[-1], operands["z"].dtype
@@ -124,7 +119,7 @@ def _walk(chunk_step, operands, results, *, reverse, split, interpret):
         shape = (b_size, heads, chunks, k_size, v_size) if name == "entering" else operands["z"].shape
         outs[name] = jax.ShapeDtypeStruct(shape, dtype)
     keys = [name for name in ("w", "x", "y") if name in operands]
-    squares = [name for name in ("a", "inverse") if name in operands]
+    squares = [name for name in ("a", "t", "t_low") if name in operands]
     scratch = {name: tile((STAGES, CHUNK, k_size), dtype) for name in keys}
     scratch |= {name: tile((STAGES, CHUNK, CHUNK), dtype) for name in squares}
     scratch |= {"z": tile((STAGES, n_wg, CHUNK, BLOCK), dtype), "total": plgpu.SMEM((STAGES, k_size), jnp.float32),

@@ -107,6 +107,21 @@ def later_scores(a, c_row, c_ref):
     return a * jnp.exp2(jnp.where(row <= col, gap, -jnp.inf))
 
 
+def _on_chip(left, right, tile, *, interpret):
+    """left @ right of [64, 64] fp16 registers (left may be a tuple of terms), through a tile of shared memory."""
+    left = left if isinstance(left, tuple) else (left,)
+    tile[...] = right
+    plgpu.commit_smem()
+    zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
+    return add_products((zero, left, (tile,) * len(left)), interpret=interpret)[0]
+
+
+def two_parts(x, dtype):
+    """x as the sum of two arrays of `dtype`, twice its digits."""
+    high = x.astype(dtype)
+    return high, (x - high.astype(jnp.float32)).astype(dtype)
+
+
 def unit_lower_inverse(lower, tile, *, interpret):
     """(I + lower)^-1 float32 of a strictly lower [64, 64] matrix, through an fp16 tile of shared memory.
 
@@ -118,19 +133,24 @@ def unit_lower_inverse(lower, tile, *, interpret):
     col = plgpu.broadcasted_iota(jnp.int32, lower.shape, 1, layout=WGMMA)
     x = jnp.where(row == col, 1.0, jnp.where((row ^ col) == 1, -lower, 0.0))
     lower = lower.astype(jnp.float16)
-
-    def times(left, right):
-        tile[...] = right
-        plgpu.commit_smem()
-        zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
-        return add_products((zero, left, tile), interpret=interpret)[0]
-
     for size in (2, 4, 8, 16, 32):
         x16 = x.astype(jnp.float16)
-        z = times(x16, times(lower, x16).astype(jnp.float16))
+        right = _on_chip(lower, x16, tile, interpret=interpret).astype(jnp.float16)
+        z = _on_chip(x16, right, tile, interpret=interpret)
         differ = row ^ col
         x = jnp.where((row > col) & (differ >= size) & (differ < 2 * size), -z, x)
     return x
+
+
+def refined_inverse(x, lower, tile, *, interpret):
+    """X + X (I - X - lower X): `unit_lower_inverse` to float32's digits, where the inverse itself would be multiplied."""
+    row = plgpu.broadcasted_iota(jnp.int32, lower.shape, 0, layout=WGMMA)
+    col = plgpu.broadcasted_iota(jnp.int32, lower.shape, 1, layout=WGMMA)
+    x16 = x.astype(jnp.float16)
+    x = x16.astype(jnp.float32)
+    rest = _on_chip(two_parts(lower, jnp.float16), x16, tile, interpret=interpret)
+    rest = jnp.where(row == col, 1.0, 0.0) - x - rest
+    return x + _on_chip(x16, rest.astype(jnp.float16), tile, interpret=interpret)
 
 
 class Walk:
@@ -148,8 +168,11 @@ class Walk:
     def slot(self, i):
         return lax.rem(i, jnp.int32(self.stages))
 
-    def load(self, copies, full, empty):
-        """The loading warpgroup: `copies(chunk, slot)` lists (source, destination) pairs."""
+    def load(self, copies, full, empty, late=None):
+        """The loading warpgroup: `copies(chunk, slot)` lists (source, destination) pairs.
+
+        late: tiles with room for one chunk only, (copies(chunk), full, empty).
+        """
         plgpu.set_max_registers(40, action="decrease")
 
         @pl.loop(0, self.steps)
@@ -162,10 +185,22 @@ class Walk:
 
             for src, dst in copies(self.chunk(i), slot):
                 plgpu.copy_gmem_to_smem(src, dst, full.at[slot])
+            if late:
+                late_copies, late_full, late_empty = late
+
+                @pl.when(i >= 1)
+                def _():
+                    plgpu.barrier_wait(late_empty)
+
+                for src, dst in late_copies(self.chunk(i)):
+                    plgpu.copy_gmem_to_smem(src, dst, late_full)
 
         @pl.loop(jnp.maximum(self.steps - self.stages, 0), self.steps)
         def _(i):  # leave no barrier phase unobserved
             plgpu.barrier_wait(empty.at[self.slot(i)])
+
+        if late:
+            plgpu.barrier_wait(late[2])
 
 
 def launch(body, operands, outs, *, arrivals, consumers, stages, grid, extra_scratch, scratch, interpret):
