@@ -1,10 +1,11 @@
-"""Final losses of activations (or any named arms) at equal size, with seeds and intervals, from a store or stored rows.
+"""Final losses of activations (or any named arms) at equal size, with seeds and intervals, from stores or stored rows.
 
     python -m analysis.activations --store runs/polycom --base swiglu --svg polycom.svg
-    python -m analysis.activations --store analysis/results/polycom/runs.jsonl --base swiglu
+    python -m analysis.activations --store rows.jsonl runs/polycom --save rows.jsonl --curves curves.jsonl  # merges
 
-Each arm has the learning rate that is best for it at the smallest size, where there are several. Differences to the
-base are taken seed by seed (same data order) and have the t interval of their mean.
+Runs of the stage 'rates' give each arm its learning rate and are not compared; those of the stage 'seeds' are. Where no
+run has a stage, the rates are chosen on the runs that are compared. Differences to the base are taken seed by seed
+(same data order) and have the t interval of their mean.
 """
 
 import argparse
@@ -16,16 +17,30 @@ import pandas as pd
 from scipy import stats
 
 from analysis import cli
-from analysis.load import DataError, load_runs
+from analysis.load import DataError, load_curves, load_runs
 
 
-def load(path) -> pd.DataFrame:
-    """Runs of a store (`load_runs` without other accountings), or rows that `--save` wrote, whatever their status."""
-    path = Path(path)
+def load(paths) -> pd.DataFrame:
+    """Runs of stores (`load_runs` without other accountings) and of files that `--save` wrote, whatever their status.
+
+    A run that is in several of them counts once, as it is where it came furthest.
+    """
+    frame = pd.concat([_load(Path(path)) for path in paths], ignore_index=True)
+    steps = frame["steps_done"].fillna(0) if "steps_done" in frame else 0
+    order = frame.assign(done=frame["status"] == "done", steps=steps).sort_values(["done", "steps"], kind="stable")
+    return frame.loc[sorted(order.drop_duplicates("run_id", keep="last").index)].reset_index(drop=True)
+
+
+def _load(path: Path) -> pd.DataFrame:
     if path.is_dir():
         frame = load_runs(path, n="nonemb")
         return frame.drop(columns=[name for name in frame if name.startswith(("N_", "C_"))])
-    if not path.is_file():
+    return read_rows(path)
+
+
+def read_rows(path) -> pd.DataFrame:
+    """A file that `--save` or `--curves` wrote. Raises DataError."""
+    if not Path(path).is_file():
         raise DataError(f"--store {path}: no such store or file")
     try:
         return pd.read_json(path, orient="records", lines=True, dtype={"run_id": str})
@@ -44,15 +59,33 @@ def finished(frame: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def best_rates(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows at each arm's best learning rate at the smallest size; sizes that were run at one rate keep it."""
-    if "lr" not in rows or rows["lr"].nunique() == 1:
+def of_stage(rows: pd.DataFrame, stage: str) -> pd.DataFrame:
+    """The rows of a stage, 'rates' or 'seeds'; all rows where none has a stage."""
+    if "stage" not in rows or rows["stage"].isna().all():
         return rows
-    small = rows[rows["d_model"] == rows["d_model"].min()]
-    means = small.groupby(["arch", "lr"])["loss"].mean()
-    best = {arch: means[arch].idxmin() for arch in small["arch"].unique()}
-    several = rows.groupby(["arch", "d_model"])["lr"].transform("nunique") > 1
-    return rows[~several | (rows["lr"] == rows["arch"].map(best))]
+    return rows[rows["stage"] == stage]
+
+
+def rates(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean loss of each learning rate (index) and arm (columns) at the smallest width of the stage 'rates'."""
+    rows = of_stage(rows, "rates")
+    return rows[rows["d_model"] == rows["d_model"].min()].pivot_table(index="lr", columns="arch", values="loss")
+
+
+def best_rates(rows: pd.DataFrame) -> dict[str, float]:
+    """{arm: its best learning rate}, of `rates`. Raises DataError where no run has a rate."""
+    if "lr" not in rows or of_stage(rows, "rates").empty:
+        raise DataError("--store: has no finished run of the stage 'rates' that gives the best learning rates")
+    return {str(arch): float(losses.idxmin()) for arch, losses in rates(rows).items()}
+
+
+def compared(rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the stage 'seeds' at each arm's best rate; a width that was run at one rate keeps it."""
+    seeds = of_stage(rows, "seeds")
+    if "lr" not in rows or of_stage(rows, "rates").empty:
+        return seeds
+    several = seeds.groupby(["arch", "d_model"])["lr"].transform("nunique") > 1
+    return seeds[~several | (seeds["lr"] == seeds["arch"].map(best_rates(rows)))]
 
 
 def mean_interval(values, level: float = 0.95) -> tuple[float, float, float]:
@@ -87,13 +120,12 @@ def figure(rows: pd.DataFrame, base: str, level: float = 0.95):
     """Differences to the base for each size, with each seed as a point; and losses over learning rates."""
     from analysis import plots
 
-    rates = rows[rows["d_model"] == rows["d_model"].min()]
-    several = "lr" in rates and rates["lr"].nunique() > 1
-    chosen = best_rates(rows)
+    tried = rates(rows) if "lr" in rows else []
+    chosen = compared(rows)
     table = differences(chosen, base, level)
     archs = list(dict.fromkeys(rows["arch"]))
     with plots.plt.rc_context(plots.STYLE):
-        result, axes = plots.new_figure(2 if several else 1)
+        result, axes = plots.new_figure(2 if len(tried) > 1 else 1)
         ax, sizes = axes[0, 0], sorted(table["d_model"].unique())
         for i, arch in enumerate(archs):
             colour, marker = plots.ARCH_COLOURS[i % 7], plots.MARKERS[i % 7]
@@ -110,14 +142,12 @@ def figure(rows: pd.DataFrame, base: str, level: float = 0.95):
         ax.set_xticks(range(len(sizes)), labels)
         ax.set(xlabel="width, parameters in blocks", ylabel=f"validation loss minus {base} (nats per token)")
         ax.legend()
-        if several:
+        if len(tried) > 1:
             for i, arch in enumerate(archs):
-                mine = rates[rates["arch"] == arch]
-                means = mine.groupby("lr")["loss"].mean()
                 style = {"color": plots.ARCH_COLOURS[i % 7], "marker": plots.MARKERS[i % 7]}
-                axes[0, 1].plot(means.index, means, label=arch, **style)
+                axes[0, 1].plot(tried.index, tried.get(arch), label=arch, **style)
             axes[0, 1].set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
-            axes[0, 1].set_title(f"width {rates['d_model'].iloc[0]}, mean over seeds")
+            axes[0, 1].set_title("choice of the rate")
     return result
 
 
@@ -154,27 +184,43 @@ def text(table: pd.DataFrame, base: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="python -m analysis.activations", description=__doc__.partition("\n")[0])
-    out.add_argument("--store", required=True, metavar="PATH", help="run store, or a file made by --save")
+    out.add_argument("--store", required=True, nargs="+", metavar="PATH", help="run stores, or files made by --save")
     out.add_argument("--base", metavar="NAME", help="the arm that others are compared with")
     out.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")
     out.add_argument("--svg", metavar="FILE", help="write the figure")
-    out.add_argument("--save", metavar="ROWS.JSONL", help="write what was read as rows of JSON")
+    out.add_argument("--save", metavar="ROWS.JSONL", help="write what was read, each run once, as rows of JSON")
+    out.add_argument("--curves", metavar="ROWS.JSONL", help="write the training losses of the stores to the rows there")
     return out
+
+
+def save_curves(stores, path) -> int:
+    """Training losses of stores into a file of rows, beside those of other runs that it holds; returns its length."""
+    found = [load_curves(store)[["run_id", "step", "tokens", "loss"]] for store in stores]
+    if Path(path).is_file():
+        found.append(read_rows(path))
+    frame = pd.concat(found, ignore_index=True).drop_duplicates(["run_id", "step"])
+    frame.round({"loss": 6}).to_json(path, orient="records", lines=True)
+    return len(frame)
 
 
 def main(args: argparse.Namespace) -> None:
     if not 0 < args.level < 1:
         raise ValueError(f"--level {args.level}: must be between 0 and 1")
-    if not (args.base or args.save):
-        raise ValueError("nothing to do: give --base or --save")
+    if not (args.base or args.save or args.curves):
+        raise ValueError("nothing to do: give --base, --save or --curves")
     frame = load(args.store)
     if args.save:
         frame.to_json(args.save, orient="records", lines=True)
         print(f"wrote {args.save}: {len(frame)} runs")
+    if args.curves:
+        count = save_curves([path for path in args.store if Path(path).is_dir()], args.curves)
+        print(f"wrote {args.curves}: {count} rows")
     if args.base:
         rows = finished(frame)
         print(f"{len(rows)} of {len(frame)} runs finished")
-        print(text(differences(best_rates(rows), args.base, args.level), args.base))
+        if "lr" in rows:
+            print(rates(rows).round(4).to_string())
+        print(text(differences(compared(rows), args.base, args.level), args.base))
         if args.svg:
             figure(rows, args.base, args.level).savefig(args.svg)
 

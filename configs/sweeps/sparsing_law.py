@@ -9,7 +9,8 @@ stable phase of WSD), one width/depth for all sizes. Then a line of ReLU models 
 width/depths. Checkpoints are all kept; which of them are measured is an option of the second command.
 
 :cpu    three sizes up to 0.3M parameters in blocks, 0.6M tokens of the embedded text; minutes on two cores
-:gpu    three sizes up to 2.5M, 41M tokens of prepared text, two seeds; 20 cells for one GPU
+:gpu    three sizes up to 2.5M, 41M tokens of prepared text, three seeds; 30 cells for one GPU
+:gpu,seed=0  the cells of one seed alone, so that a sweep that is cut short has whole seeds
 """
 
 from ml_collections import ConfigDict
@@ -28,15 +29,15 @@ LINE = {
     "gpu": [(256, 1), (184, 2), (92, 8), (64, 16)],
 }
 HEADS = {88: 2, 44: 2, 92: 2, 184: 4}  # else one for each 32 channels
-SEEDS = {"cpu": (0,), "gpu": (0, 1)}
+SEEDS = {"cpu": (0,), "gpu": (0, 1, 2)}
 TRAIN = {
     "cpu": {"seq_len": 128, "batch_size": 8, "steps": 600, "steps_per_call": 30, "checkpoint_every": 30},
     "gpu": {"seq_len": 256, "batch_size": 64, "steps": 2500, "steps_per_call": 50, "checkpoint_every": 100},
 }
 
 
-def get_config(preset="cpu"):
-    check(preset)
+def get_config(arg="cpu"):
+    preset, _ = parse(arg)
     values = {
         "model": {
             "parametrization": "mup", "base_width": 64, "dtype": "float32" if preset == "cpu" else "bfloat16",
@@ -52,9 +53,9 @@ def get_config(preset="cpu"):
     return ConfigDict(values)
 
 
-def get_sweep(preset="cpu"):
-    check(preset)
-    seeds = [Cell({"seed": seed}) for seed in SEEDS[preset]]
+def get_sweep(arg="cpu"):
+    preset, seeds = parse(arg)
+    seeds = [Cell({"seed": seed}) for seed in seeds]
     sizes = product(choices("arch", ACTIVATIONS), [shape(*size) for size in SIZES[preset]])
     line = product(choices("arch", {"relu": ACTIVATIONS["relu"]}), [shape(*size) for size in LINE[preset]])
     return product(seeds, chain(sizes, line))
@@ -66,6 +67,11 @@ def shape(width: int, layers: int) -> Cell:
     return Cell(settings, {"ratio": width / layers})
 
 
-def check(preset):
+def parse(arg: str) -> tuple[str, tuple[int, ...]]:
+    """(preset, seeds) of 'gpu' or 'gpu,seed=0'."""
+    preset, _, seed = arg.partition(",seed=")
     if preset not in TRAIN:
-        raise ConfigError(f"config = sparsing_law.py:{preset}: no such preset; {nearest(preset, TRAIN)}")
+        raise ConfigError(f"config = sparsing_law.py:{arg}: no such preset; {nearest(preset, TRAIN)}")
+    if seed and seed not in map(str, SEEDS[preset]):
+        raise ConfigError(f"config = sparsing_law.py:{arg}: seed must be one of {', '.join(map(str, SEEDS[preset]))}")
+    return preset, (int(seed),) if seed else SEEDS[preset]

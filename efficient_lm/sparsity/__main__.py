@@ -93,16 +93,18 @@ def _facts(run, cfg, step: int, last_step: int) -> dict:
 
 
 def _runs(args) -> list[str]:
-    """The run directories asked for: one, or those of a store that have a checkpoint."""
+    """The run directories asked for: one, or those of a store whose run is done and has a checkpoint."""
     if args.run:
         return [args.run]
     if not Path(args.store).is_dir():
         raise ConfigError(f"--store {args.store}: no such directory")
-    runs = [path.parent for path in Path(args.store).glob("*/run.json") if checkpoint.steps(path.parent / "ckpt")]
+    infos = {path.parent: metrics.read_json(path) or {} for path in Path(args.store).glob("*/run.json")}
+    done = [run for run, info in infos.items() if info.get("status") == "done"]
+    runs = [run for run in done if checkpoint.steps(run / "ckpt")]
     # Runs of one architecture side by side: they share what is compiled.
     runs.sort(key=lambda run: (json.dumps((metrics.read_json(run / "config.json") or {}).get("model")), run.name))
     if not runs:
-        raise ConfigError(f"--store {args.store}: has no run with a checkpoint")
+        raise ConfigError(f"--store {args.store}: has no finished run with a checkpoint")
     index, slash, count = args.part.partition("/")
     if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise ConfigError(f"--part {args.part}: must be I/N with 1 <= I <= N")
@@ -154,7 +156,7 @@ def _parser():
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="DIR", help="run directory of efficient_lm.train")
-    what.add_argument("--store", metavar="DIR", help="run store: every run in it that has a checkpoint")
+    what.add_argument("--store", metavar="DIR", help="run store: every finished run in it that has a checkpoint")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the store")
     parser.add_argument("--out", required=True, metavar="ROWS.JSONL", help="file to append to")
     parser.add_argument("--methods", default="cett,topk,fatrelu", metavar="NAME,...", help="default %(default)s")

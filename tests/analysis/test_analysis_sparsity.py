@@ -60,22 +60,21 @@ def test_rows_that_are_none_are_refused(tmp_path):
 
 @pytest.fixture
 def arms():
-    """Two sizes; at the smaller one the arm 'b' is best at lr 2 and is then better than 'a' by 0.02."""
+    """Arm 'b' is best at lr 2 and is then better than 'a' by 0.02; seed 9, whose losses are far off, says so."""
     found = []
     for arch, best, gain in (("a", 1.0, 0.0), ("b", 2.0, 0.02)):
-        for size, rates in ((32, (1.0, 2.0)), (64, (1.0,))):
-            for lr in rates:
-                for seed, noise in enumerate((0.0, 0.1, 0.2)):  # common to both arms: only pairs see through it
-                    loss = 2.0 + noise - gain + 0.05 * (size == 32 and lr != best) + 1e-4 * seed * (arch == "b")
-                    cell = {"arch": arch, "d_model": size, "lr": lr, "seed": seed, "N": 1e5 * size, "status": "done"}
-                    found.append({"run_id": f"{len(found)}", "loss": loss, **cell})
+        cells = [("rates", 32, 9, lr) for lr in (1.0, 2.0)]
+        cells += [("seeds", size, seed, lr) for size, lr in ((32, 1.0), (32, 2.0), (64, 1.0)) for seed in range(3)]
+        for stage, size, seed, lr in cells:
+            # Noise is common to both arms: only pairs see through it.
+            loss = 2.0 + 0.1 * seed - gain + 0.05 * (size == 32 and lr != best) + 1e-4 * seed * (arch == "b")
+            cell = {"arch": arch, "d_model": size, "lr": lr, "seed": seed, "N": 1e5 * size, "status": "done"}
+            found.append({"run_id": f"r{len(found)}", "loss": loss, "stage": stage, "steps_done": 10, **cell})
     return pd.DataFrame(found)
 
 
 def test_arms_are_compared_at_their_own_rates_and_by_pairs_of_seeds(arms, tmp_path, capsys):
-    table = activations.differences(activations.best_rates(activations.finished(arms)), "a").set_index(
-        ["d_model", "arch"]
-    )
+    table = activations.differences(activations.compared(arms), "a").set_index(["d_model", "arch"])
     assert table.loc[(32, "b"), "lr"] == 2.0 and table.loc[(64, "b"), "lr"] == 1.0
     for size in (32, 64):
         row = table.loc[(size, "b")]
@@ -85,7 +84,29 @@ def test_arms_are_compared_at_their_own_rates_and_by_pairs_of_seeds(arms, tmp_pa
     arms.to_json(path, orient="records", lines=True)
     command = ["--store", str(path), "--base", "a", "--svg", str(tmp_path / "arms.svg")]
     activations.main(activations.parser().parse_args(command))
-    assert "18 of 18 runs finished" in capsys.readouterr().out and (tmp_path / "arms.svg").exists()
+    assert "22 of 22 runs finished" in capsys.readouterr().out and (tmp_path / "arms.svg").exists()
+
+
+def test_seeds_that_choose_the_rate_are_not_compared(arms):
+    """Without stages there is no other way than to choose on what is compared."""
+    assert set(activations.compared(arms)["seed"]) == {0, 1, 2}
+    assert activations.best_rates(arms) == {"a": 1.0, "b": 2.0}
+    plain = arms.drop(columns="stage")
+    assert set(activations.compared(plain)["seed"]) == {0, 1, 2, 9}
+    with pytest.raises(DataError, match="no finished run of the stage 'rates'"):
+        activations.best_rates(arms[arms["stage"] == "seeds"])
+
+
+def test_a_run_in_several_files_counts_once_as_far_as_it_came(arms, tmp_path):
+    """The merge of rounds: a planned or stopped run never hides the finished one, whatever the order of files."""
+    stopped = arms.assign(status="preempted", loss=np.nan, steps_done=3).head(4)
+    files = [tmp_path / "stopped.jsonl", tmp_path / "all.jsonl"]
+    for path, frame in zip(files, (stopped, arms.drop(index=0)), strict=True):
+        frame.to_json(path, orient="records", lines=True)
+    for order in (files, files[::-1]):
+        merged = activations.load(order).set_index("run_id")
+        assert len(merged) == 22 and merged.loc["r0", "status"] == "preempted"
+        assert (merged["status"].drop("r0") == "done").all()
 
 
 def test_training_losses_are_compared_at_the_same_batches(arms):
