@@ -72,12 +72,28 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
     return o[:, :t_size], state
 
 
-def _entering_states(y, z, c, total, init, *, pieces, reverse, interpret):
+def entering_states(y, z, c, total, init, *, pieces, reverse, interpret):
+    """float32 state entering each piece [B, H, P, K, V], from the side the pieces are walked from; None for zero."""
     if pieces == 1:
         return None if init is None else init[:, :, None]
     local = decay_pass(None, y, z, c, total, None, None, scale=1.0, reverse=reverse, pieces=pieces, stages=3,
                        emit="state", interpret=interpret)["state"]
     return piece_states(local, total, init, pieces, reverse)
+
+
+def states_by_gradients(f, final, unscaled, scale, t_size):
+    """<S, dS> [B, H, M] after each span of saved chunks: from `decay_pass_pair`, and after T where T cuts a span short.
+
+    Args: f [B, H, M, K] from the kernel; final [B, H, K, V] and unscaled, its cotangent over `scale`, or None.
+    """
+    whole, rest = divmod(t_size, SAVE_EVERY * CHUNK)
+    inner = scale * jnp.sum(f, axis=-1)[..., :whole]
+    if not rest:
+        return inner
+    at_end = jnp.zeros(final.shape[:2], jnp.float32)
+    if unscaled is not None:  # rounded as in the products that made dk, whose row sums it must cancel
+        at_end = scale * jnp.sum(final * unscaled.astype(jnp.bfloat16), axis=(-1, -2))
+    return jnp.concatenate([inner, at_end[..., None]], axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -89,7 +105,7 @@ def _linear_attention(q, k, v, decay, init, scale, interpret):
 def _forward(q, k, v, decay, init, scale, interpret, save_every=0):
     pieces = count_pieces(*q.shape[:3], v.shape[-1])
     c, total = chunk_decays(decay)
-    states = _entering_states(k, v, c, total, init, pieces=pieces, reverse=False, interpret=interpret)
+    states = entering_states(k, v, c, total, init, pieces=pieces, reverse=False, interpret=interpret)
     out = decay_pass(q, k, v, c, total, states, None, scale=scale, reverse=False, pieces=pieces, stages=2,
                      save_every=save_every, interpret=interpret)
     return out, states
@@ -117,19 +133,13 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     if total is not None:
         c = total[..., None] - c
     unscaled = None if dfinal is None else dfinal / scale
-    dstates = _entering_states(q, do, c, total, unscaled, pieces=pieces, reverse=True, interpret=interpret)
+    dstates = entering_states(q, do, c, total, unscaled, pieces=pieces, reverse=True, interpret=interpret)
     dkv = decay_pass_pair(q, k, v, do, c, total, dstates, saved, scale=scale, pieces=pieces, save_every=SAVE_EVERY,
                           interpret=interpret)
     ddecay = None
     if saved is not None:
         rows = jnp.sum(dq["r"], axis=2) - dkv["r"]
-        at_end = jnp.zeros(final.shape[:2], jnp.float32)
-        if dfinal is not None:  # rounded as in the products that made dk, whose row sums it must cancel
-            at_end = scale * jnp.sum(final * unscaled.astype(k.dtype), axis=(-1, -2))
-        whole, rest = divmod(q.shape[1], SAVE_EVERY * CHUNK)
-        inner = scale * jnp.sum(dkv["f"], axis=-1)[..., :whole]
-        if rest:
-            inner = jnp.concatenate([inner, at_end[..., None]], axis=-1)
+        inner = states_by_gradients(dkv["f"], final, unscaled, scale, q.shape[1])
         ddecay = gate_gradient(rows, inner, SAVE_EVERY)
     return dq["o"], dkv["dk"], dkv["dv"], ddecay, None if has_init is None else dkv["state"][:, :, 0] * scale
 
