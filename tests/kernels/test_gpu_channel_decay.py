@@ -1,15 +1,20 @@
 """Hopper kernels of linear attention with a decay per channel: lowered, interpreted on CPU, run on a GPU if any."""
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import reference
 from pallas_kernels.gpu import delta_rule, pieces
 from pallas_kernels.gpu import linear_attention as gpu
-from tests.kernels.test_gpu_linear_attention import HOPPER, as_written, on_gpu, relative_errors
+from tests.kernels.gpu_checks import (
+    as_written,
+    assert_causal_and_repeatable,
+    kernels_lowered,
+    on_gpu,
+    relative_errors,
+)
 
 
 def make(b, t, h, k, v, *, gate_dtype=jnp.bfloat16, initial=False, gate=-3.0, seed=0):
@@ -22,18 +27,18 @@ def make(b, t, h, k, v, *, gate_dtype=jnp.bfloat16, initial=False, gate=-3.0, se
     return arrays, normal(b, t, h, v), jnp.asarray(rng.normal(size=(b, h, k, v)), jnp.float32)
 
 
+def errors(arrays, do, dstate, **options):
+    """Relative errors of o, the final state and every gradient."""
+    operators = gpu.linear_attention, reference.linear_attention
+    return relative_errors(*operators, arrays, (do, dstate), scale=0.1, **options)
+
+
 @as_written
 @pytest.mark.parametrize("k, v", [(64, 128), (128, 64), (128, 128)])
 def test_forward_and_backward_lower_for_hopper(k, v):
-    arrays, do, _ = make(2, 1100, 3, k, v)
-
-    def both(q, k, v, log_decay):
-        o, vjp = jax.vjp(lambda *a: gpu.linear_attention(*a, scale=1.0)[0], q, k, v, log_decay)
-        return o, vjp(do)
-
-    with jax.sharding.use_abstract_mesh(HOPPER):
-        text = jax.jit(both).trace(*arrays[:4]).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 7  # two of them for the states that enter the pieces
+    arrays, *cotangents = make(2, 1100, 3, k, v)
+    kernels = kernels_lowered(gpu.linear_attention, arrays, tuple(cotangents), scale=1.0)
+    assert kernels >= 7  # two of them for the states that enter the pieces
 
 
 @as_written
@@ -42,12 +47,12 @@ def test_interpreted_matches_the_reference_without_races(case, monkeypatch, caps
     monkeypatch.setattr(pieces, "MIN_PIECE_CHUNKS", 1)  # several pieces at a tiny T
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     if case == "pieces":
-        got = relative_errors(*make(1, 192, 1, 64, 64, initial=True), interpret=interpret)
+        got = errors(*make(1, 192, 1, 64, 64, initial=True), interpret=interpret)
     elif case == "segments":
         ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 20, axis=1).reshape(1, 100), jnp.int32)
-        got = relative_errors(*make(1, 100, 1, 64, 64, gate=1.0), segment_ids=ids, interpret=interpret)
+        got = errors(*make(1, 100, 1, 64, 64, gate=1.0), segment_ids=ids, interpret=interpret)
     else:
-        got = relative_errors(*make(1, 64, 1, 128, 64, gate_dtype=jnp.float32), interpret=interpret)
+        got = errors(*make(1, 64, 1, 128, 64, gate_dtype=jnp.float32), interpret=interpret)
     assert max(got) < 0.005 and "RACE" not in capsys.readouterr().out, got
 
 
@@ -56,7 +61,7 @@ def test_interpreted_matches_the_reference_without_races(case, monkeypatch, caps
 @pytest.mark.parametrize("k, v", [(64, 64), (64, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize("t", [1, 63, 130, 2048])
 def test_gpu_matches_the_reference(t, k, v):
-    got = relative_errors(*make(2, t, 3, k, v, initial=True))
+    got = errors(*make(2, t, 3, k, v, initial=True))
     assert max(got) < 0.006, got
 
 
@@ -64,7 +69,7 @@ def test_gpu_matches_the_reference(t, k, v):
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", [-20.0, -8.0, -1.0, 2.0, 4.0])
 def test_gpu_gate_extremes(gate):
-    got = relative_errors(*make(2, 1024, 2, 128, 128, initial=True, gate=gate))
+    got = errors(*make(2, 1024, 2, 128, 128, initial=True, gate=gate))
     assert max(got) < 0.01, got
 
 
@@ -72,27 +77,21 @@ def test_gpu_gate_extremes(gate):
 @pytest.mark.gpu
 def test_gpu_segments_match_the_reference():
     ids = jnp.asarray(np.cumsum(np.random.default_rng(0).random((2, 1000)) < 0.02, axis=1), jnp.int32)
-    got = relative_errors(*make(2, 1000, 3, 128, 128, initial=True), segment_ids=ids)
+    got = errors(*make(2, 1000, 3, 128, 128, initial=True), segment_ids=ids)
     assert max(got) < 0.006, got
 
 
 @on_gpu
 @pytest.mark.gpu
 def test_gpu_very_long_sequence():
-    assert max(relative_errors(*make(1, 65536, 1, 64, 64))) < 0.006
+    assert max(errors(*make(1, 65536, 1, 64, 64))) < 0.006
 
 
 @on_gpu
 @pytest.mark.gpu
 def test_gpu_output_is_bitwise_causal_and_repeatable():
-    (*arrays, _), do, _ = make(1, 1024, 2, 128, 128)
-    run = jax.jit(functools.partial(gpu.linear_attention, scale=0.1))
-    gradients = jax.jit(lambda *arrays: jax.vjp(lambda *a: run(*a)[0], *arrays)[1](do))
-    first, again = run(*arrays)[0], run(*arrays)[0]
-    changed = run(*(x.at[:, 700:].multiply(0.5) for x in arrays))[0]
-    assert jnp.array_equal(first, again)
-    assert all(map(jnp.array_equal, gradients(*arrays), gradients(*arrays)))
-    assert jnp.array_equal(first[:, :700], changed[:, :700]) and not jnp.array_equal(first, changed)
+    arrays, *cotangents = make(1, 1024, 2, 128, 128)
+    assert_causal_and_repeatable(gpu.linear_attention, arrays, tuple(cotangents), scale=0.1)
 
 
 @pytest.mark.parametrize("module, other", [(gpu, {}), (delta_rule, {"beta": None})])

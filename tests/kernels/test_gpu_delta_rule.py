@@ -9,7 +9,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import reference
 from pallas_kernels.gpu import delta_rule as gpu
-from tests.kernels.test_gpu_linear_attention import HOPPER, as_written, on_gpu
+from tests.kernels.gpu_checks import (
+    as_written,
+    assert_causal_and_repeatable,
+    kernels_lowered,
+    on_gpu,
+    relative_errors,
+)
 
 
 def make(b, t, h, d, *, decay=True, initial=False, gate=-3.0, beta=None, keys="random", seed=0):
@@ -28,37 +34,16 @@ def make(b, t, h, d, *, decay=True, initial=False, gate=-3.0, beta=None, keys="r
     return arrays, half(normal(b, t, h, d)), jnp.asarray(normal(b, h, d, d), jnp.float32)
 
 
-def errors(arrays, do, dstate, *, segment_ids=None, interpret=None):
-    """‖ours - reference‖ / ‖reference‖ of o, the final state and every gradient; the reference is float64."""
-    def run(op, arrays):
-        def outputs(q, k, v, beta, log_decay, state):
-            return op(q, k, v, beta, log_decay, scale=0.3, initial_state=state, segment_ids=segment_ids)
-
-        out, vjp = jax.vjp(outputs, *arrays)
-        return out, vjp(jax.tree.map(lambda ct, o: ct.astype(o.dtype), (do, dstate), out))
-
-    ours = jax.jit(functools.partial(run, functools.partial(gpu.delta_rule, interpret=interpret)))(arrays)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arrays)
-        want = jax.jit(functools.partial(run, reference.delta_rule))(wide)
-    as_float64 = lambda x: np.asarray(x, np.float64)  # noqa: E731
-    ours, want = (list(map(as_float64, jax.tree.leaves(x))) for x in (ours, want))
-    assert all(np.isfinite(a).all() for a in ours)
-    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, want, strict=True)]
+def errors(arrays, do, dstate, **options):
+    """Relative errors of o, the final state and every gradient."""
+    return relative_errors(gpu.delta_rule, reference.delta_rule, arrays, (do, dstate), scale=0.3, **options)
 
 
 @as_written
 @pytest.mark.parametrize("d, decay", [(64, True), (128, True), (128, False)])
 def test_forward_and_backward_lower_for_hopper(d, decay):
-    arrays, do, _ = make(2, 300, 3, d, decay=decay)
-
-    def both(*arrays):
-        o, vjp = jax.vjp(lambda *a: gpu.delta_rule(*a, scale=1.0)[0], *arrays)
-        return o, vjp(do)
-
-    with jax.sharding.use_abstract_mesh(HOPPER):
-        text = jax.jit(both).trace(*arrays[:5]).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 5
+    arrays, *cotangents = make(2, 300, 3, d, decay=decay)
+    assert kernels_lowered(gpu.delta_rule, arrays, tuple(cotangents), scale=1.0) >= 5
 
 
 @as_written
@@ -131,9 +116,5 @@ def test_gpu_very_long_sequence():
 @on_gpu
 @pytest.mark.gpu
 def test_gpu_output_is_bitwise_causal_and_repeatable():
-    (q, k, v, beta, log_decay, _), _, _ = make(1, 1024, 2, 128)
-    run = jax.jit(lambda *a: gpu.delta_rule(*a, scale=0.3)[0])
-    first, again = run(q, k, v, beta, log_decay), run(q, k, v, beta, log_decay)
-    changed = run(*(x.at[:, 700:].multiply(0.5) for x in (q, k, v, beta, log_decay)))
-    assert jnp.array_equal(first, again)
-    assert jnp.array_equal(first[:, :700], changed[:, :700]) and not jnp.array_equal(first, changed)
+    arrays, *cotangents = make(1, 1024, 2, 128)
+    assert_causal_and_repeatable(gpu.delta_rule, arrays, tuple(cotangents), scale=0.3)

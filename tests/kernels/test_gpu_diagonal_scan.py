@@ -1,19 +1,20 @@
 """Hopper kernel of the diagonal recurrence: lowered for CUDA, interpreted on CPU, run on a GPU if there is one."""
 
-import functools
-import os
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-os.environ.setdefault("NPROC", "16")  # the interpreter deadlocks when warpgroups outnumber XLA's CPU threads
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
-
-from pallas_kernels import reference  # noqa: E402
-from pallas_kernels.gpu import diagonal_scan as gpu  # noqa: E402
-from tests.kernels.test_gpu_linear_attention import HOPPER, as_written, on_gpu, wide  # noqa: E402
+from pallas_kernels import reference
+from pallas_kernels.gpu import diagonal_scan as gpu
+from tests.kernels.gpu_checks import (
+    as_written,
+    assert_causal_and_repeatable,
+    kernels_lowered,
+    on_gpu,
+    relative_errors,
+)
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -27,18 +28,9 @@ def make(b, t, d, x_dtype=F32, decay_dtype=F32, *, initial=True, gate=-2.0, seed
     return (x, log_decay, state), (jnp.asarray(normal(b, t, d), x_dtype), jnp.asarray(normal(b, d), F32))
 
 
-def errors(arrays, cotangents, *, segment_ids=None, **options):
-    """||ours - reference|| / ||reference|| of h, the final state and every gradient; the reference is in float64."""
-
-    def run(op, arrays):
-        out, vjp = jax.vjp(lambda x, g, s: op(x, g, initial_state=s, segment_ids=segment_ids), *arrays)
-        return out, vjp(jax.tree.map(lambda ct, o: ct.astype(o.dtype), cotangents, out))
-
-    ours = jax.jit(functools.partial(run, functools.partial(gpu.diagonal_scan, **options)))(arrays)
-    with jax.enable_x64(True):
-        want = jax.jit(functools.partial(run, reference.diagonal_scan))(jax.tree.map(jnp.asarray, wide(arrays)))
-    pairs = zip(jax.tree.leaves(wide(ours)), jax.tree.leaves(wide(want)), strict=True)
-    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs]
+def errors(arrays, cotangents, **options):
+    """Relative errors of h, the final state and every gradient."""
+    return relative_errors(gpu.diagonal_scan, reference.diagonal_scan, arrays, cotangents, **options)
 
 
 @as_written
@@ -49,14 +41,8 @@ def errors(arrays, cotangents, *, segment_ids=None, **options):
 def test_lowers_for_hopper(shape, x_dtype, decay_dtype):
     """Values and gradients, in the configurations that the shapes choose."""
     x, log_decay = jax.ShapeDtypeStruct(shape, x_dtype), jax.ShapeDtypeStruct(shape, decay_dtype)
-
-    def both(x, log_decay):
-        h, vjp = jax.vjp(lambda *a: gpu.diagonal_scan(*a)[0], x, log_decay)
-        return h, vjp(h)
-
-    with jax.sharding.use_abstract_mesh(HOPPER):
-        text = jax.jit(both).trace(x, log_decay).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 2
+    cotangents = x, jax.ShapeDtypeStruct((shape[0], shape[2]), F32)
+    assert kernels_lowered(gpu.diagonal_scan, (x, log_decay, None), cotangents) >= 2
 
 
 @as_written
@@ -121,14 +107,4 @@ def test_gpu_very_long_sequence():
 @on_gpu
 @pytest.mark.gpu
 def test_gpu_is_bitwise_causal_and_repeatable():
-    (x, log_decay, _), (dh, _) = make(1, 1024, 256, BF16, BF16)
-
-    @jax.jit
-    def run(x, log_decay):
-        h, vjp = jax.vjp(lambda *a: gpu.diagonal_scan(*a)[0], x, log_decay)
-        return h, *vjp(dh)
-
-    first, again = run(x, log_decay), run(x, log_decay)
-    changed = run(*(a.at[:, 700:].multiply(0.5) for a in (x, log_decay)))
-    assert all(jnp.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert jnp.array_equal(first[0][:, :700], changed[0][:, :700]) and not jnp.array_equal(first[0], changed[0])
+    assert_causal_and_repeatable(gpu.diagonal_scan, *make(1, 1024, 256, BF16, BF16))

@@ -1,7 +1,4 @@
 """Hopper kernels of Kimi Delta Attention: lowered for CUDA, interpreted on CPU, run on a GPU if any."""
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +6,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import delta_rule as gpu
 from tests.kernels import test_gpu_delta_rule as scalar
+from tests.kernels.gpu_checks import as_written, assert_causal_and_repeatable, kernels_lowered, on_gpu
 from tests.kernels.test_gpu_delta_rule import errors
-from tests.kernels.test_gpu_linear_attention import HOPPER, as_written, on_gpu
 
 
 def make(b, t, h, d, *, gate=-3.0, gate_dtype=jnp.float32, **options):
@@ -23,15 +20,8 @@ def make(b, t, h, d, *, gate=-3.0, gate_dtype=jnp.float32, **options):
 @as_written
 @pytest.mark.parametrize("d", [64, 128])
 def test_forward_and_backward_lower_for_hopper(d):
-    arrays, do, _ = make(2, 300, 3, d)
-
-    def both(*arrays):
-        o, vjp = jax.vjp(lambda *a: gpu.delta_rule(*a, scale=1.0)[0], *arrays)
-        return o, vjp(do)
-
-    with jax.sharding.use_abstract_mesh(HOPPER):
-        text = jax.jit(both).trace(*arrays[:5]).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 5
+    arrays, *cotangents = make(2, 300, 3, d)
+    assert kernels_lowered(gpu.delta_rule, arrays, tuple(cotangents), scale=1.0) >= 5
 
 
 @as_written
@@ -84,11 +74,5 @@ def test_gpu_very_long_sequence():
 @on_gpu
 @pytest.mark.gpu
 def test_gpu_output_is_bitwise_causal_and_repeatable():
-    (*arrays, _), do, _ = make(1, 1024, 2, 128)
-    run = jax.jit(functools.partial(gpu.delta_rule, scale=0.3))
-    gradients = jax.jit(lambda *arrays: jax.vjp(lambda *a: run(*a)[0], *arrays)[1](do))
-    first, again = run(*arrays)[0], run(*arrays)[0]
-    changed = run(*(x.at[:, 700:].multiply(0.5) for x in arrays))[0]
-    assert jnp.array_equal(first, again)
-    assert all(map(jnp.array_equal, gradients(*arrays), gradients(*arrays)))
-    assert jnp.array_equal(first[:, :700], changed[:, :700]) and not jnp.array_equal(first, changed)
+    arrays, *cotangents = make(1, 1024, 2, 128)
+    assert_causal_and_repeatable(gpu.delta_rule, arrays, tuple(cotangents), scale=0.3)

@@ -1,25 +1,14 @@
 """Hopper kernels of scalar-decay linear attention: lowered for CUDA, interpreted on CPU, run on a GPU if any."""
-import functools
-import os
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-os.environ.setdefault("NPROC", "16")  # the interpreter deadlocks when warpgroups outnumber XLA's CPU threads
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
-from jax.sharding import AbstractDevice, AbstractMesh  # noqa: E402
-
-from pallas_kernels import reference  # noqa: E402
-from pallas_kernels.gpu import linear_attention as gpu  # noqa: E402
-from pallas_kernels.gpu import pieces  # noqa: E402
-from pallas_kernels.gpu.tiles import MOSAIC_AS_WRITTEN  # noqa: E402
-
-HOPPER = AbstractMesh((), (), abstract_device=AbstractDevice(
-    device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"))
-as_written = pytest.mark.skipif(not MOSAIC_AS_WRITTEN, reason="Mosaic GPU of another jax version")
-on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+from pallas_kernels import reference
+from pallas_kernels.gpu import linear_attention as gpu
+from pallas_kernels.gpu import pieces
+from tests.kernels.gpu_checks import as_written, assert_causal_and_repeatable, both_ways, kernels_lowered, on_gpu
 
 
 def make(b, t, h, k, v, decay, *, initial=False, gate=-3.0, seed=0):
@@ -33,35 +22,10 @@ def make(b, t, h, k, v, decay, *, initial=False, gate=-3.0, seed=0):
     return arrays, normal(b, t, h, v), jnp.asarray(rng.normal(size=(b, h, k, v)), jnp.float32)
 
 
-def wide(tree):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-
-
-def both_ways(arrays, do, dstate, *, segment_ids=None, interpret=None):
-    """(ours, reference): lists of o, the final state and every gradient, all float64; the reference computes in it."""
-    def run(op, arrays):
-        def outputs(q, k, v, log_decay, state):
-            return op(q, k, v, log_decay, scale=0.1, initial_state=state, segment_ids=segment_ids)
-
-        out, vjp = jax.vjp(outputs, *arrays)
-        return out, vjp(jax.tree.map(lambda ct, o: ct.astype(o.dtype), (do, dstate), out))
-
-    ours = jax.jit(functools.partial(run, functools.partial(gpu.linear_attention, interpret=interpret)))(arrays)
-    with jax.enable_x64(True):
-        want = jax.jit(functools.partial(run, reference.linear_attention))(jax.tree.map(jnp.asarray, wide(arrays)))
-    ours, want = jax.tree.leaves(wide(ours)), jax.tree.leaves(wide(want))
-    assert all(np.isfinite(a).all() for a in ours)
-    return ours, want
-
-
-def relative_errors(*args, **options):
-    """‖ours - reference‖ / ‖reference‖ of o, the final state and every gradient."""
-    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*both_ways(*args, **options), strict=True)]
-
-
-def errors(arrays, *args, **options):
-    """As `relative_errors`, the gradient of the gates also relative to its terms."""
-    ours, want = both_ways(arrays, *args, **options)
+def errors(arrays, do, dstate, **options):
+    """Relative errors of o, the final state and every gradient, that of the gates also relative to its terms."""
+    operators = gpu.linear_attention, reference.linear_attention
+    ours, want = both_ways(*operators, arrays, (do, dstate), scale=0.1, **options)
     sizes = [np.linalg.norm(b) for b in want]
     if arrays[3] is not None:  # gate gradients are differences of q.dq and k.dk, and cannot be exact far below those
         terms = np.sum(np.asarray(arrays[0], np.float64) * want[2], axis=-1)
@@ -74,15 +38,8 @@ def errors(arrays, *args, **options):
 @pytest.mark.parametrize("decay", ["none", "token"])
 @pytest.mark.parametrize("k, v", [(64, 128), (128, 64), (128, 128)])
 def test_forward_and_backward_lower_for_hopper(k, v, decay):
-    arrays, do, _ = make(2, 600, 3, k, v, decay)
-
-    def both(q, k, v, log_decay):
-        o, vjp = jax.vjp(lambda *a: gpu.linear_attention(*a, scale=1.0)[0], q, k, v, log_decay)
-        return o, vjp(do)
-
-    with jax.sharding.use_abstract_mesh(HOPPER):
-        text = jax.jit(both).trace(*arrays[:4]).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 3
+    arrays, *cotangents = make(2, 600, 3, k, v, decay)
+    assert kernels_lowered(gpu.linear_attention, arrays, tuple(cotangents), scale=1.0) >= 3
 
 
 @as_written
@@ -156,9 +113,5 @@ def test_gpu_very_long_sequence():
 @on_gpu
 @pytest.mark.gpu
 def test_gpu_output_is_bitwise_causal_and_repeatable():
-    (q, k, v, log_decay, _), _, _ = make(1, 1024, 2, 128, 128, "token")
-    run = jax.jit(lambda *a: gpu.linear_attention(*a, scale=0.1)[0])
-    first, again = run(q, k, v, log_decay), run(q, k, v, log_decay)
-    changed = run(*(x.at[:, 700:].multiply(0.5) for x in (q, k, v, log_decay)))
-    assert jnp.array_equal(first, again)
-    assert jnp.array_equal(first[:, :700], changed[:, :700]) and not jnp.array_equal(first, changed)
+    arrays, *cotangents = make(1, 1024, 2, 128, 128, "token")
+    assert_causal_and_repeatable(gpu.linear_attention, arrays, tuple(cotangents), scale=0.1)

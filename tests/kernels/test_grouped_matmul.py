@@ -16,7 +16,7 @@ from pallas_kernels.gpu import grouped_matmul as gpu  # noqa: E402
 from pallas_kernels.tpu import grouped_matmul as tpu  # noqa: E402
 from pallas_kernels.xla.grouped_matmul import tile_size  # noqa: E402
 from tests.kernels.cases import relative_error  # noqa: E402
-from tests.kernels.test_gpu_linear_attention import HOPPER, as_written  # noqa: E402
+from tests.kernels.gpu_checks import HOPPER, as_written  # noqa: E402
 
 M, E, K, N = 70, 5, 12, 9
 SIZES = {
