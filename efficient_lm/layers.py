@@ -72,17 +72,19 @@ class Maker:
         self.key, key = jax.random.split(self.key)
         return key
 
-    def matrix(self, d_in: int, d_out: int, *, role: str = "hidden", scale: float = 1.0, copies: int = 0) -> nnx.Param:
+    def matrix(
+        self, d_in: int, d_out: int, *, role: str = "hidden", scale: float = 1.0, copies: int = 0, cast: bool = False
+    ) -> nnx.Param:
         """[d_in, d_out] normal; std `init_std`, or 1/sqrt(d_in) when that is 0, times `scale`.
 
-        `copies` independent ones give [copies, d_in, d_out].
+        `copies` independent ones give [copies, d_in, d_out]. `cast`: it is used in the compute dtype only (`LM.cast`).
         """
         if self.model.init_std and role == "hidden":
             std = self.model.init_std / width_multiplier(self.model) ** 0.5
         else:
             std = d_in**-0.5
         shape = (copies, d_in, d_out) if copies else (d_in, d_out)
-        return nnx.Param(scale * std * jax.random.normal(self.next_key(), shape), role=role)
+        return nnx.Param(scale * std * jax.random.normal(self.next_key(), shape), role=role, cast=cast)
 
     def table(self, rows: int, width: int, role: str) -> nnx.Param:
         """[rows, width] normal with std 1/sqrt(width), of the base width under muP."""
@@ -107,9 +109,9 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, make: Maker, d_in: int, d_out: int, *, role="hidden", scale=1.0, bias=False):
-        self.kernel = make.matrix(d_in, d_out, role=role, scale=scale)
-        self.bias = make.vector(jnp.zeros(d_out)) if bias else None
         sigma = make.model.parametrization == "sigma"
+        self.kernel = make.matrix(d_in, d_out, role=role, scale=scale, cast=not sigma)
+        self.bias = make.vector(jnp.zeros(d_out)) if bias else None
         self.sigma_gain = make.vector(jnp.ones(())) if sigma else None
         self.sigma_vector = make.state(first_singular(self.kernel[...], make.next_key())) if sigma else None
 

@@ -83,10 +83,18 @@ class LM:
 
     def roles(self) -> dict:
         """The role (layers.ROLES) of every parameter, a tree like `init`'s."""
-        roles = {}
+        return self._metadata("role")
+
+    def cast(self, params) -> dict:
+        """`params` with the matrices that are used in the compute dtype only in it: cast once for several batches."""
+        used = self._metadata("cast", False)
+        return jax.tree.map(lambda p, cast: p.astype(self.dtype) if cast else p, params, used)
+
+    def _metadata(self, name, default=None) -> dict:
+        tree = {}
         for path, part in self.parts.items():
-            _set(roles, path, part.roles())
-        return roles
+            _set(tree, path, part.metadata(name, default))
+        return tree
 
     # ------------------------------------------------------------------ parallel form
 
@@ -270,8 +278,11 @@ class Part:
         return _plain(nnx.split(self.create(key, layer))[1])
 
     def roles(self):
+        return self.metadata("role")
+
+    def metadata(self, name, default=None):
         _, state = self._split
-        return nnx.to_pure_dict(nnx.map_state(lambda _, var: var.get_metadata()["role"], state))
+        return nnx.to_pure_dict(nnx.map_state(lambda _, var: var.get_metadata().get(name, default), state))
 
     def bind(self, params):
         graph, state = self._split

@@ -23,6 +23,7 @@ from efficient_lm import checkpoint, hardware, metrics, sharding
 from efficient_lm.config import Config, run_id
 from efficient_lm.counting import count_flops, count_params, decode_state_bytes
 from efficient_lm.data import open_data
+from efficient_lm.layers import wide
 from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer, make_schedule, warmup_steps
 from efficient_lm.probes.run import Prober, due, next_step
@@ -80,16 +81,18 @@ def make_train_step(lm: LM, cfg: Config, optimizer, constrain=lambda x: x):
 
     def step(state, batch, lr):
         params = state["params"]
+        used = lm.cast(params)  # here and not in every micro-batch: its gradients need no cast back then either
         weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
         micro_batch = jax.tree.map(lambda x: x[0], batch)
         if cfg.train.grad_accum == 1:
-            grads, (logged, observed) = grad(params, micro_batch, weight)
+            grads, (logged, observed) = grad(used, micro_batch, weight)
+            grads = jax.tree.map(wide, grads)
         else:
-            shapes = jax.eval_shape(grad, params, micro_batch, weight)
-            sums = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+            shapes = jax.eval_shape(grad, used, micro_batch, weight)
+            sums = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (params, shapes[1]))
 
             def add(sums, micro_batch):
-                return jax.tree.map(jnp.add, sums, grad(params, micro_batch, weight)), None
+                return jax.tree.map(jnp.add, sums, grad(used, micro_batch, weight)), None
 
             (grads, (logged, observed)), _ = jax.lax.scan(add, sums, batch)
         logged |= {"grad_norm": optax.global_norm(grads), "lr": lr}

@@ -13,14 +13,17 @@ from efficient_lm.layers import wide
 
 
 def sort_by_expert(experts, n_experts: int):
-    """experts [N, k] -> slots [N, k], sources [N k], group_sizes [n_experts]: all choices, in the order of experts."""
-    flat = experts.reshape(-1)
-    # Counting in a table of choices x experts takes half the time on an H100 (0.09 ms less for 65536 of 64), but
-    # 10 to 36 times as long on a CPU, and 529 MiB for 262144 choices of 256 experts.
-    sources = jnp.argsort(flat, stable=True)
-    slots = jnp.zeros_like(sources).at[sources].set(jnp.arange(flat.size, dtype=sources.dtype), unique_indices=True)
-    sizes = jnp.sum(jax.nn.one_hot(flat, n_experts, dtype=jnp.int32), axis=0)
-    return slots.reshape(experts.shape), sources, sizes
+    """experts [N, k] -> slots [N, k], sources [N k], group_sizes [n_experts]: all choices, in the order of experts.
+
+    The experts of a token must differ: then its place among an expert's rows is the number of earlier tokens with that
+    expert, and a running count takes the place of a sort.
+    """
+    chosen = jnp.sum(jax.nn.one_hot(experts, n_experts, dtype=jnp.int32), axis=1)
+    ends = jnp.cumsum(chosen, axis=0)
+    sizes = ends[-1]
+    slots = jnp.take_along_axis(ends - chosen + jnp.cumsum(sizes) - sizes, experts, axis=1)
+    choices = jnp.arange(slots.size, dtype=slots.dtype)
+    return slots, jnp.zeros_like(choices).at[slots.reshape(-1)].set(choices, unique_indices=True), sizes
 
 
 def assign_capacity(experts, n_experts: int, rows: int, capacity: int):

@@ -87,7 +87,7 @@ class Experts(nnx.Module):
     """E linear maps d_in -> d_out, as one array [E, d_in, d_out]."""
 
     def __init__(self, make, n_experts: int, d_in: int, d_out: int):
-        self.kernel = make.matrix(d_in, d_out, copies=n_experts)
+        self.kernel = make.matrix(d_in, d_out, copies=n_experts, cast=True)
 
 
 class Bank(nnx.Module):
