@@ -1,20 +1,27 @@
 """Activation sparsity of trained runs: A(D) curves with fits of the sparsing laws, width/depth, loss against sparsity.
 
     python -m analysis.sparsity --rows rows.jsonl --svg sparsity_
+    python -m analysis.sparsity --rows old.jsonl new.jsonl --save all.jsonl   # merges
+    python -m analysis.sparsity --rows prosparse.jsonl --compare relu         # arms that started from the same runs
 
 Rows come from `python -m efficient_lm.sparsity`. A curve is the share of active neurons (method cett) of one activation
 and one shape over training tokens, all its seeds together; ReLU gets the law sparsing_relu, others sparsing_silu.
+Checkpoints of a run are not independent, so every interval counts runs: Student's t over seeds, and for the parameters
+of a law the jackknife that leaves out one run at a time.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from analysis import cli
+from analysis.activations import mean_interval
 from analysis.fit import fit_law
 from analysis.laws import get_law
 from analysis.load import DataError, load_table
@@ -25,8 +32,14 @@ NEEDED = ("run_id", "activation", "d_model", "n_layers", "N", "D", "method", "at
 SHAPE = ["activation", "d_model", "n_layers"]
 
 
+LEVEL = 0.95
+
+
 def load(paths) -> pd.DataFrame:
-    """Rows of all files, with `ratio` = width/depth, those of a run that were measured last. Raises DataError."""
+    """Rows of all files with `ratio` = width/depth; of a run those that were measured latest in its training, once.
+
+    Raises DataError.
+    """
     rows = []
     for path in map(Path, paths):
         if not path.is_file():
@@ -45,6 +58,8 @@ def load(paths) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     if "last_step" in frame:
         frame = frame[frame["last_step"] == frame.groupby(["run_id", "method"])["last_step"].transform("max")]
+        frame = frame.assign(asked=frame["dial"].where(frame["at"] == "dial"))
+        frame = frame.drop_duplicates(["run_id", "method", "at", "step", "asked"], keep="last").drop(columns="asked")
     return frame.assign(ratio=frame["d_model"] / frame["n_layers"])
 
 
@@ -69,14 +84,105 @@ def law_of(activation: str):
     return get_law("sparsing_relu" if activation == "relu" else "sparsing_silu")
 
 
-def fit_curves(found: dict, *, bootstrap: int = 200, seed: int = 0) -> dict[tuple, Fit]:
-    """The law of its activation through each curve; `refused` of a fit says where the data don't determine it."""
-    fits = {}
-    for key, rows in found.items():
-        law = law_of(key[0])
-        table = load_table(rows[["D", "A"]], required=law.columns, duplicates="keep")
-        fits[key] = fit_law(law, table, Options(bootstrap=bootstrap, seed=seed, holdout=False))
-    return fits
+@dataclass
+class Curve:
+    """A law through the checkpoints of some runs, and through those of all runs but one, for each of them."""
+
+    fit: Fit
+    without: list[Fit]
+
+    @property
+    def refused(self) -> str | None:
+        return self.fit.refused
+
+    def predict(self, D) -> tuple:
+        """A at D [n] and the ends of its interval, (value, lo, hi); lo and hi are NaN for a single run."""
+        law, at = get_law(self.fit.law), {"D": D}
+        value, *others = (np.asarray(law.predict(fit.values, at, np)) for fit in (self.fit, *self.without))
+        return value, *jackknife(value, others)
+
+
+def fit_curves(found: dict) -> dict[tuple, Curve]:
+    """The law of its activation through each curve; `refused` says where the data don't determine its parameters."""
+    return {key: fit_curve(law_of(key[0]), rows) for key, rows in found.items()}
+
+
+def fit_curve(law, rows: pd.DataFrame) -> Curve:
+    """A law through the rows of some runs, with jackknife intervals of its parameters over the runs."""
+    fit, runs = _fit(law, rows), rows["run_id"].unique()
+    if fit.objective is None or len(runs) < 2:
+        return Curve(fit, [])
+    curve = Curve(fit, [_fit(law, rows[rows["run_id"] != run]) for run in runs])
+    failed = [(run, other.refused) for run, other in zip(runs, curve.without, strict=True) if other.refused]
+    if failed and not fit.refused:
+        fit.refused = f"without run {failed[0][0]}: {failed[0][1]}"
+    if any(other.objective is None for other in curve.without):
+        return Curve(fit, [])
+    for p in law.parameters:
+        others = [p.to_search(other.values[p.name]) for other in curve.without]
+        with np.errstate(over="ignore"):
+            lo, hi = (float(p.from_search(end)) for end in jackknife(p.to_search(fit.values[p.name]), others))
+        fit.params[p.name] |= {"lo": lo, "hi": hi}
+        if p.transform == "linear" and not p.may_vanish and not fit.refused and hi - lo > 2 * abs(fit.values[p.name]):
+            fit.refused = f"{p.name} is not determined: {with_interval(fit.params[p.name])}"
+    return curve
+
+
+def _fit(law, rows: pd.DataFrame) -> Fit:
+    table = load_table(rows[["D", "A"]], required=law.columns, duplicates="keep")
+    return fit_law(law, table, Options(bootstrap=0, holdout=False))
+
+
+def jackknife(value, without, level: float = LEVEL) -> tuple:
+    """(lo, hi) of an estimate from n independent runs and its n values without one of them (Tukey 1958).
+
+    value -+ t s, s^2 = (n - 1)/n sum (without_i - their mean)^2, with n - 1 degrees of freedom. NaN for n < 2.
+    """
+    n = len(without)
+    if n < 2:
+        return np.full_like(value, np.nan, dtype=float), np.full_like(value, np.nan, dtype=float)
+    spread = np.sqrt((n - 1) * np.var(without, axis=0))
+    half = stats.t.ppf((1 + level) / 2, n - 1) * spread
+    return value - half, value + half
+
+
+def ends(found: dict) -> pd.DataFrame:
+    """Of each curve the share at its first and last checkpoint and the change between, t intervals over runs."""
+    out = []
+    for (activation, d_model, n_layers), rows in found.items():
+        of_run = rows.groupby("run_id")["A"].agg(["first", "last"])
+        shape = {"activation": activation, "d_model": d_model, "n_layers": n_layers, "N": rows["N"].iloc[0]}
+        values = {"first": of_run["first"], "last": of_run["last"], "change": of_run["last"] - of_run["first"]}
+        entries = {name: _entry(*mean_interval(series, LEVEL)) for name, series in values.items()}
+        out.append({**shape, "runs": len(of_run), "from": rows["D"].min(), "to": rows["D"].max(), **entries})
+    return pd.DataFrame(out)
+
+
+def _entry(value, lo, hi) -> dict:
+    return {"value": value, "lo": lo, "hi": hi}
+
+
+def compare(rows: pd.DataFrame, base: str, by: str = "start") -> pd.DataFrame:
+    """Arms of runs that share their start: dense loss minus that of `base`, and the shares of active neurons.
+
+    A row for each arm and method, with t intervals over starts (`{"value", "lo", "hi"}`): `loss`, the difference;
+    `zero`, neurons that are not exactly 0; `rise`, those kept at the rise in perplexity that was measured.
+    """
+    if by not in rows or base not in set(rows["arch"]):
+        raise DataError(f"--compare {base}: no rows of it; they come from a sweep like configs/sweeps/prosparse.py")
+    out, zero = [], rows[rows["at"] == "zero"].set_index(["arch", by])
+    for (arch, method), mine in rows[rows["at"] == "rise"].groupby(["arch", "method"], sort=False):
+        pairs = (zero["dense_loss"][arch] - zero["dense_loss"][base]).dropna()
+        values = {"loss": pairs, "zero": zero["active"][arch], "rise": mine["active"]}
+        entries = {name: _entry(*mean_interval(series, LEVEL)) for name, series in values.items()}
+        out.append({"arch": arch, "method": method, "runs": len(mine), **entries})
+    return pd.DataFrame(out)
+
+
+def as_text(table: pd.DataFrame) -> str:
+    """A table whose cells can be `{"value", "lo", "hi"}`."""
+    shown = table.map(lambda cell: with_interval(cell) if isinstance(cell, dict) else cell)
+    return shown.to_string(index=False)
 
 
 def last(rows: pd.DataFrame, at: str = "rise") -> pd.DataFrame:
@@ -93,102 +199,13 @@ def fit_ratio(rows: pd.DataFrame, activation: str = "relu", at: str = "rise", bo
     return fit_law(get_law("sparsing_limit"), table, Options(bootstrap=bootstrap, holdout=False))
 
 
-# ---------------------------------------------------------------------------------------------- drawing
-
-
-def over_training(found: dict, fits: dict | None = None):
-    """Active share against tokens, a panel for each activation, fits with bands where not refused."""
-    from analysis import plots  # matplotlib is slow to import
-
-    names = list(dict.fromkeys(key[0] for key in found))
-    with plots.plt.rc_context(plots.STYLE):
-        figure, axes = plots.new_figure(len(names))
-        for ax, name in zip(axes[0], names, strict=True):
-            mine = [key for key in found if key[0] == name]
-            for i, key in enumerate(mine):
-                rows, colour = found[key], plots.ARCH_COLOURS[i % 7]
-                style = {"color": colour, "ms": 4, "alpha": 0.8, "label": label(key, rows)}
-                ax.plot(rows["D"], rows["A"], plots.MARKERS[i % 7], **style)
-                fit = (fits or {}).get(key)
-                if fit is None or fit.objective is None:
-                    continue
-                law, at = law_of(name), {"D": np.geomspace(rows["D"].min(), rows["D"].max(), 100)}
-                ax.plot(at["D"], law.predict(fit.values, at, np), color=colour, ls=":" if fit.refused else "-")
-                if fit.draws and not fit.refused:
-                    draws = {k: fit.draws[k][:, None] if k in fit.draws else v for k, v in fit.values.items()}
-                    band = np.nanquantile(law.predict(draws, at, np), (0.025, 0.975), axis=0)
-                    ax.fill_between(at["D"], *band, color=colour, alpha=0.18, lw=0)
-            ax.set(xscale="log", xlabel="training tokens D", ylabel="share of active neurons", title=name)
-            ax.legend()
-    return figure
-
-
-def against_loss(rows: pd.DataFrame):
-    """Rise of the loss against the share left out for each method, a panel for each activation and shape."""
-    from analysis import plots
-
-    mine = rows[rows["at"] == "dial"]
-    shapes = {key: part for key, part in mine.groupby(SHAPE)}
-    if not shapes:
-        raise DataError("--rows: no loss curves (give --curves to efficient_lm.sparsity)")
-    with plots.plt.rc_context(plots.STYLE):
-        figure, axes = plots.new_figure(len(shapes), width=4.4, sharey=True)
-        for ax, (key, part) in zip(axes[0], shapes.items(), strict=True):
-            for i, (method, points) in enumerate(part.groupby("method", sort=False)):
-                means = points.groupby("dial")[["active", "loss", "dense_loss"]].mean()
-                rise = (means["loss"] - means["dense_loss"]).clip(lower=1e-5)
-                ax.plot(1 - means["active"], rise, plots.MARKERS[i % 7] + "-", ms=4, label=method)
-            ax.axhline(np.log(1.01), color="0.5", lw=1, ls="--", label="1 % perplexity")
-            ax.set(yscale="log", xlabel="share left out", title=label(key, part), ylim=(1e-4, None))
-        axes[0, 0].set_ylabel("rise of validation loss (nats per token)")
-        axes[0, 0].legend()
-    return figure
-
-
-def width_depth(rows: pd.DataFrame, activation: str = "relu", at: str = "rise"):
-    """Active share and validation loss at the last checkpoint against width/depth, of one activation."""
-    from analysis import plots
-
-    mine = last(rows, at)
-    mine = mine[mine["activation"] == activation].sort_values("ratio")
-    with plots.plt.rc_context(plots.STYLE):
-        figure, axes = plots.new_figure(2)
-        for ax, column, name in zip(axes[0], ("active", "loss"), ("share of active neurons", "loss"), strict=True):
-            ax.plot(mine["ratio"], mine[column], "o", ms=4, alpha=0.6, color=plots.ARCH_COLOURS[0])
-            means = mine.groupby("ratio")[column].mean()
-            ax.plot(means.index, means, "-", color=plots.ARCH_COLOURS[0])
-            ax.set(xscale="log", xlabel="width / depth", ylabel=name)
-    return figure
-
-
-def by_layer(rows: pd.DataFrame, at: str = "rise"):
-    """Active share of each layer at the last checkpoint, and its quantiles over tokens as bars at the right."""
-    from analysis import plots
-
-    mine = last(rows, at)
-    shapes = {key: part for key, part in mine.groupby(SHAPE)}
-    with plots.plt.rc_context(plots.STYLE):
-        figure, axes = plots.new_figure(2)
-        for i, (key, part) in enumerate(sorted(shapes.items(), key=lambda item: (item[0][0], item[1]["N"].iloc[0]))):
-            colour, name = plots.plt.get_cmap("tab20")(i % 20), label(key, part)
-            layers = np.mean(part["active_layers"].tolist(), axis=0)
-            axes[0, 0].plot((np.arange(len(layers)) + 0.5) / len(layers), layers, "o-", ms=3, color=colour, label=name)
-            low, lower, middle, upper, high = np.mean(part["active_tokens"].tolist(), axis=0)
-            axes[0, 1].plot([low, high], [i, i], color=colour, lw=1)
-            axes[0, 1].plot([lower, upper], [i, i], color=colour, lw=4)
-            axes[0, 1].plot(middle, i, "k|")
-        axes[0, 0].set(xlabel="depth", ylabel="share of active neurons", title="by layer")
-        axes[0, 0].legend(fontsize=6)
-        axes[0, 1].set(xlabel="share of active neurons", title="over tokens: 5, 25, 50, 75, 95 %", yticks=[])
-    return figure
-
-
 def text(fits: dict, found: dict) -> str:
     """A line for each curve: parameters with intervals, or why they are not determined."""
     lines = []
-    for key, fit in fits.items():
-        values = ", ".join(f"{name} {with_interval(entry)}" for name, entry in fit.params.items())
-        lines.append(f"{label(key, found[key])}: {values}" + (f"; refused: {fit.refused}" if fit.refused else ""))
+    for key, curve in fits.items():
+        values = ", ".join(f"{name} {with_interval(entry)}" for name, entry in curve.fit.params.items())
+        refused = f"; refused: {curve.refused}" if curve.refused else ""
+        lines.append(f"{label(key, found[key])}, {found[key]['run_id'].nunique()} runs: {values}{refused}")
     return "\n".join(lines)
 
 
@@ -197,20 +214,35 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--rows", required=True, nargs="+", metavar="JSONL", help="made by efficient_lm.sparsity")
     out.add_argument("--at", default="held", choices=("held", "rise", "zero"), help="which rows make A(D) (held)")
     out.add_argument("--first", type=float, default=0.0, metavar="TOKENS", help="leave out checkpoints before")
-    out.add_argument("--bootstrap", type=int, default=200, metavar="DRAWS", help="0: no intervals (default 200)")
+    out.add_argument("--compare", metavar="ARM", help="compare arms that share their starts with this one instead")
+    out.add_argument("--save", metavar="ROWS.JSONL", help="write what was read, each measurement once, and no fits")
     out.add_argument("--svg", metavar="PREFIX", help="write PREFIX{curves,loss,ratio,layers}.svg")
     return out
 
 
 def main(args: argparse.Namespace) -> None:
     rows = load(args.rows)
+    if args.save:
+        rows.drop(columns="ratio").to_json(args.save, orient="records", lines=True)
+        print(f"wrote {args.save}: {len(rows)} rows of {rows['run_id'].nunique()} runs")
+        return
+    if args.compare:
+        print(as_text(compare(rows, args.compare)))
+        return
     found = curves(rows, args.at, args.first)
-    fits = fit_curves(found, bootstrap=args.bootstrap)
+    fits = fit_curves(found)
+    print(as_text(ends(found)))
     print(text(fits, found))
     if args.svg:
-        figures = {"curves": over_training(found, fits), "ratio": width_depth(rows), "layers": by_layer(rows)}
+        from analysis import sparsity_plot  # matplotlib is slow to import
+
+        figures = {
+            "curves": sparsity_plot.over_training(found, fits),
+            "ratio": sparsity_plot.width_depth(rows),
+            "layers": sparsity_plot.by_layer(rows),
+        }
         if (rows["at"] == "dial").any():
-            figures["loss"] = against_loss(rows)
+            figures["loss"] = sparsity_plot.against_loss(rows)
         for name, figure in figures.items():
             figure.savefig(f"{args.svg}{name}.svg", metadata={"Date": None})
 

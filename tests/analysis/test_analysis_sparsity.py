@@ -36,17 +36,76 @@ def test_curves_are_recovered_from_rows(rows, tmp_path, capsys):
     frame = sparsity.load([rows])
     found = sparsity.curves(frame, first=1.5e6)
     assert list(found) == [("relu", 64, 2), ("silu", 64, 2)] and found["relu", 64, 2]["D"].min() > 1.5e6
-    fits = sparsity.fit_curves(found, bootstrap=0)
-    assert fits["relu", 64, 2].values["A0"] == pytest.approx(RELU["A0"], abs=0.005)
-    assert fits["silu", 64, 2].values["A0"] == pytest.approx(SILU["A0"], abs=0.005)
-    assert fits["silu", 64, 2].values["alpha"] == pytest.approx(SILU["alpha"], abs=0.05)
+    relu, silu = (curve.fit.values for curve in sparsity.fit_curves(found).values())
+    assert relu["A0"] == pytest.approx(RELU["A0"], abs=0.005)
+    assert silu["A0"] == pytest.approx(SILU["A0"], abs=0.005)
+    assert silu["alpha"] == pytest.approx(SILU["alpha"], abs=0.05)
     assert len(sparsity.last(frame)) == 4
-    command = ["--rows", str(rows), "--bootstrap", "0", "--svg", f"{tmp_path}/s_"]
-    sparsity.main(sparsity.parser().parse_args(command))
-    assert "relu 0.1M (64 x 2): alpha" in capsys.readouterr().out
+    sparsity.main(sparsity.parser().parse_args(["--rows", str(rows), "--svg", f"{tmp_path}/s_"]))
+    assert "relu 0.1M (64 x 2), 2 runs: alpha" in capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("*.svg")} == {
         f"s_{n}.svg" for n in ("curves", "ratio", "layers", "loss")
     }
+
+
+def test_intervals_count_runs_and_not_checkpoints():
+    """Runs whose curves differ by a constant: A0 is their mean, and its interval that of Student for so many runs."""
+    shifts, D = np.array([-0.004, 0.001, 0.006]), np.geomspace(1e6, 4e7, 30)
+    curve = get_law("sparsing_silu").evaluate(SILU, D=D)
+    found = pd.concat([pd.DataFrame({"run_id": f"r{i}", "D": D, "A": curve + s}) for i, s in enumerate(shifts)])
+    fitted = sparsity.fit_curve(get_law("sparsing_silu"), found)
+    mean, lo, hi = activations.mean_interval(SILU["A0"] + shifts)
+    A0 = fitted.fit.params["A0"]
+    np.testing.assert_allclose([A0["value"], A0["lo"], A0["hi"]], [mean, lo, hi], atol=2e-4)
+    middle, low, high = fitted.predict(D)
+    np.testing.assert_allclose(middle, curve + shifts.mean(), atol=1e-4)
+    np.testing.assert_allclose(high - low, hi - lo, rtol=0.02)
+    one = sparsity.fit_curve(get_law("sparsing_silu"), found[found["run_id"] == "r0"])
+    assert one.fit.params["A0"]["lo"] is None and np.isnan(one.predict(D)[1]).all()
+
+
+def test_a_fit_that_hangs_on_one_run_is_refused():
+    """Flat curves but for one run: without it nothing determines the law."""
+    D = np.geomspace(1e6, 4e7, 14)
+    falling = get_law("sparsing_relu").evaluate(RELU, D=D)
+    flat = 0.08 + 1e-4 * np.random.default_rng(0).standard_normal(14)
+    found = pd.concat([pd.DataFrame({"run_id": name, "D": D, "A": A}) for name, A in (("a", falling), ("b", flat))])
+    assert "without run a" in sparsity.fit_curve(get_law("sparsing_relu"), found).refused
+
+
+def test_merged_rows_hold_each_measurement_once(rows, tmp_path, capsys):
+    """A run measured again, further on, replaces what was measured before; a repeat adds nothing."""
+    early = [json.loads(line) | {"last_step": 5} for line in rows.read_text().splitlines() if '"step": 3' in line]
+    again = [json.loads(line) | {"last_step": 14, "loss": 1.6} for line in rows.read_text().splitlines()]
+    for name, part in (("early", early), ("again", again)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    files = [str(tmp_path / name) for name in ("again", "early", "again")]
+    command = ["--rows", *files, "--save", f"{tmp_path}/all.jsonl"]
+    sparsity.main(sparsity.parser().parse_args(command))
+    assert f"{len(again)} rows of 4 runs" in capsys.readouterr().out
+    merged = sparsity.load([tmp_path / "all.jsonl"])
+    assert len(merged) == len(again) and set(merged["last_step"]) == {14} and set(merged["loss"]) == {1.6}
+
+
+def test_arms_that_start_from_the_same_runs_are_paired(tmp_path, capsys):
+    found = []
+    for start, level in enumerate((1.0, 1.3)):
+        for arch, rise in (("relu", 0.0), ("prosparse", 0.01)):
+            facts = {"run_id": f"{arch}{start}", "arch": arch, "start": start, "activation": "relu", "method": "cett"}
+            facts |= {"d_model": 64, "n_layers": 2, "N": 1e5, "D": 1e6, "step": 9, "dense_loss": level + rise}
+            active = {"zero": 0.2, "rise": 0.1 - 5 * rise + 0.01 * start}
+            found += [{**facts, "at": at, "dial": 0.1, "loss": level, "active": a} for at, a in active.items()]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    table = sparsity.compare(sparsity.load([path]), "relu").set_index("arch")
+    entry = table.loc["prosparse", "loss"]
+    np.testing.assert_allclose([entry["value"], entry["lo"], entry["hi"]], 0.01, atol=1e-9)
+    assert table.loc["prosparse", "rise"]["value"] == pytest.approx(0.055)
+    assert table.loc["prosparse", "rise"]["lo"] < 0.0 < 0.11 < table.loc["prosparse", "rise"]["hi"]
+    sparsity.main(sparsity.parser().parse_args(["--rows", str(path), "--compare", "relu"]))
+    assert "prosparse" in capsys.readouterr().out
+    with pytest.raises(DataError, match="--compare silu: no rows of it"):
+        sparsity.compare(sparsity.load([path]), "silu")
 
 
 def test_rows_that_are_none_are_refused(tmp_path):
