@@ -62,6 +62,8 @@ def _run(op, implementation, arrays, *, output_final_state, chunk_size, **option
     name, function = dispatch.choose(op, implementation, dict(arrays, chunk_size=chunk_size, **options))
     if name in ("xla", "pallas_tpu"):
         options["chunk_size"] = chunk_size
+    if name != "pallas_gpu":
+        options.pop("min_log_decay", None)
     if name == "xla":
         options["output_final_state"] = output_final_state
     o, final_state = function(**arrays, **options)
@@ -154,8 +156,8 @@ def _spread(n, q, log_decay, segment_ids, v):
     return rows(q, n - 1), log_decay, segment_ids if segment_ids is None else jnp.repeat(segment_ids, n, axis=1)
 
 
-def dplr(q, k, v, a, b, log_decay, *, scale=1.0, initial_state=None, segment_ids=None, output_final_state=False,
-         chunk_size=None, implementation=None):
+def dplr(q, k, v, a, b, log_decay, *, scale=1.0, min_log_decay=None, initial_state=None, segment_ids=None,
+         output_final_state=False, chunk_size=None, implementation=None):
     """S_t = (diag(exp(log_decay_t)) + b_t a_t^T) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
 
     Diagonal plus low rank: RWKV-7 (2503.14456) with a = -kappa, b = kappa * eta. The removal a^T S reads the state
@@ -163,6 +165,7 @@ def dplr(q, k, v, a, b, log_decay, *, scale=1.0, initial_state=None, segment_ids
 
     Args:
       q, k, a, b: [B, T, Hk, K].  v: [B, T, H, V].  log_decay: [B, T, H, K].
+      min_log_decay: a promise that log_decay is nowhere lower, which the GPU kernels need, or None.
       Others: see the module's conventions.
     """
     _check_qkv(q, k, v)
@@ -171,8 +174,8 @@ def dplr(q, k, v, a, b, log_decay, *, scale=1.0, initial_state=None, segment_ids
     _check_shape("log_decay", log_decay, v.shape[:3] + q.shape[3:])
     _check_options(q, v, initial_state, segment_ids, chunk_size)
     arrays = dict(q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids)
-    return _run("dplr", implementation, arrays, scale=scale, output_final_state=output_final_state,
-                chunk_size=chunk_size)
+    return _run("dplr", implementation, arrays, scale=scale, min_log_decay=min_log_decay,
+                output_final_state=output_final_state, chunk_size=chunk_size)
 
 
 def mlstm(q, k, v, input_gate, forget_gate, *, input_activation="exp", scale=None, initial_state=None, segment_ids=None,

@@ -16,6 +16,7 @@ turns on the GPU. `compile_s` is the time to trace and compile one function besi
 prints the rows of such files as Markdown; a row of a later file takes the place of an earlier one.
 """
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -29,12 +30,15 @@ from jax import lax
 
 from pallas_kernels import reference
 from pallas_kernels.gpu import delta_rule as gpu_delta
+from pallas_kernels.gpu import dplr as gpu_dplr
 from pallas_kernels.gpu import linear_attention as gpu_linear
 from pallas_kernels.xla import delta_rule as xla_delta
+from pallas_kernels.xla import dplr as xla_dplr
 from pallas_kernels.xla import linear_attention as xla_linear
 
 SHAPES = [(8, 2048, 16, 128), (4, 4096, 16, 128), (1, 16384, 16, 128), (8, 2048, 32, 64)]
 CHUNK = 64
+RWKV7 = 0.6066  # log decays of RWKV-7 are in (-e^-1/2, 0)
 
 
 def linear_inputs(decay):
@@ -60,6 +64,14 @@ def delta_inputs(decay):
     return make
 
 
+def rwkv7_inputs(key, b, t, h, d):
+    keys = jax.random.split(key, 3)
+    _, kappa, _, rate, _ = delta_inputs("token")(keys[0], b, t, h, d)
+    q, k, v = linear_inputs("none")(keys[1], b, t, h, d)
+    gates = -RWKV7 * jax.nn.sigmoid(jax.random.normal(keys[2], (b, t, h, d)))
+    return q, k, v, -kappa, (kappa * rate[..., None]).astype(v.dtype), gates.astype(v.dtype)
+
+
 # name: (inputs, ours, XLA, reference, peer's name, floor's terms)
 OPS = {f"linear_attention/{decay}": (linear_inputs(decay), gpu_linear.linear_attention, xla_linear.linear_attention,
                                      reference.linear_attention, peer, family)
@@ -69,6 +81,8 @@ OPS |= {f"delta_rule/{decay}": (delta_inputs(decay), gpu_delta.delta_rule, xla_d
                                 peer, family)
         for decay, peer, family in (("token", "gated_delta_rule", "delta"), ("none", "delta_rule", "delta"),
                                     ("channel", "kda_safe", "kda"))}
+OPS["dplr/rwkv7"] = (rwkv7_inputs, functools.partial(gpu_dplr.dplr, min_log_decay=-RWKV7), xla_dplr.dplr,
+                     reference.dplr, "rwkv7", "dplr")
 
 
 def flops_and_bytes(family, backward, b, t, h, d):
@@ -76,8 +90,8 @@ def flops_and_bytes(family, backward, b, t, h, d):
     tokens, c = b * t * h, CHUNK
     linear = 4 * c * d + 4 * d * d, 10 * c * d + 10 * d * d
     delta = 10 * c * d + 6 * d * d + c * c, 28 * c * d + 16 * d * d + 4 * c * c
-    forward, back, gates = {"linear": (*linear, 4), "channel": (*linear, 2 * d),
-                            "delta": (*delta, 8), "kda": (*delta, 2 * d + 4)}[family]
+    forward, back, gates = {"linear": (*linear, 4), "channel": (*linear, 2 * d), "delta": (*delta, 8),
+                            "kda": (*delta, 2 * d + 4), "dplr": (*delta, 6 * d)}[family]  # a, b of DPLR among the gates
     flops, size = forward, 8 * d + gates
     if backward:
         flops, size = forward + back, size + 14 * d + 2 * gates

@@ -59,6 +59,8 @@ def cases():
     for family in FAMILIES:
         for implementation in IMPLEMENTATIONS:
             wanted = implementation != "pallas_tpu" or family.name in TPU_FAMILIES
+            if (family.name, implementation) == ("rwkv7", "pallas_gpu"):
+                continue  # its decays must be bounded: test_gpu_dplr.py
             if wanted and has_kernel(family.op, implementation):
                 marks = [pytest.mark.gpu] if implementation == "pallas_gpu" else []
                 yield pytest.param(family, implementation, id=f"{family.name}-{implementation}", marks=marks)

@@ -1,0 +1,389 @@
+"""Mosaic GPU kernels (Hopper) for DPLR (RWKV-7), S_t = (diag(e^w_t) + b_t a_t^T) S_{t-1} + k_t v_t^T, bounded decays.
+
+One head and one chunk of 64 tokens, c the inclusive and e the exclusive sum of its log decays, S the entering state:
+    q' = q e^c,   a' = a e^e,   k' = k e^-c,   b' = b e^-c
+    A_qk = lower(q' k'^T), A_qb likewise;   A_ak = strictly lower(a' k'^T), A_ab likewise;   T = (I - A_ab)^-1
+    U = W S + P V,            W = T a',                   P = T A_ak
+    O = X S + A V,            X = scale (q' + A_qb W),    A = scale (A_qk + A_qb P)
+    S <- e^c_63 (S + k'^T V + b'^T U)
+`chunk_weights` makes X, W, k', b', A and P of all chunks in parallel, `dplr_forward` walks. With R the gradient of the
+leaving state times e^c_63 and N = scale A_qb T, `dplr_reverse` walks back:
+    G = b' R,   dV = A^T dO + k' R + P^T G,   dZ = N^T dO + T^T G,   dS = R + X^T dO + W^T G
+where dZ = T^T dU is the gradient of a' S + A_ak V. `chunk_gradients` makes the rest of all chunks in parallel.
+
+The decays of a chunk add up to at least 64 MIN_LOG_DECAY = -80, so that e^-c stays finite and one product makes all
+scores: the anchor of every exponent is the first token of the chunk, and no row sees later decays.
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu.gates import LOG2E
+from pallas_kernels.gpu.tiles import (
+    BLOCK,
+    CHUNK,
+    T_CONTRACT,
+    WGMMA,
+    add_products,
+    columns,
+    present,
+    products,
+    rows,
+    tile,
+    unit_lower_inverse,
+)
+from pallas_kernels.gpu.walk import walk_chunks
+
+MIN_LOG_DECAY = -1.25
+SQUARE = (CHUNK, CHUNK)
+
+
+def load(ref):
+    return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
+
+
+def load_decays(ref):
+    return jnp.maximum(plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32), MIN_LOG_DECAY)
+
+
+def turned(tiles):
+    return tuple(ref.transpose(T_CONTRACT) for ref in tiles)
+
+
+def iotas():
+    return tuple(plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=WGMMA) for axis in (0, 1))
+
+
+def cumulative(decays, ones, scratch, *, exact, interpret):
+    """Sums of decays [64, 64] over the tokens up to each, in log2; `ones`: a lower triangle of ones in shared memory.
+
+    Decays are summed as two parts of 8 bits, or as they are where `exact` says that they are bf16.
+    """
+    high = decays.astype(scratch.dtype)
+    scratch[...] = high
+    plgpu.commit_smem()
+    c, = products((ones, scratch))
+    if not exact:
+        scratch[...] = (decays - high.astype(jnp.float32)).astype(scratch.dtype)
+        plgpu.commit_smem()
+        c, = add_products((c, (ones,), (scratch,)), interpret=interpret)
+    return c * LOG2E
+
+
+class Segments:
+    """Which tokens of a chunk see each other, and the states at its ends; without segments all do."""
+
+    def __init__(self, segments):
+        """segments: [4, 64] float32 in global memory or None: ids, 1 before the first start, 1 after the last one."""
+        self.segments = segments
+
+    def _vector(self, i, axis):
+        return plgpu.load(self.segments.at[i], layout=WGMMA.reduce(axis), optimized=False)
+
+    def masked(self, keep):
+        if self.segments is None:
+            return keep
+        return keep & (rows(self._vector(0, 1), SQUARE) == columns(self._vector(0, 0), SQUARE))
+
+    def entering(self, x):
+        return x if self.segments is None else x * rows(self._vector(1, 1), SQUARE)
+
+    def leaving(self, x):
+        return x if self.segments is None else x * rows(self._vector(2, 1), SQUARE)
+
+
+def chunk_weights(q, k, a, b, g, segments=None, *, scale, gradient, interpret=None):
+    """The parts of the walks that one chunk makes alone, all chunks in parallel.
+
+    Args: q, k, a, b [B, T, H, K] bf16, g [B, T, H, K] natural log decays; T a multiple of 64, K 64 or 128. segments:
+      [B, N, 4, 64] float32 or None, see `Segments`. gradient: also make what only the backward pass needs.
+    Returns: dict with x, w, y = k', e = b' [B, T, H, K], a, p [B, H, N, 64, 64] in bf16, total [B, H, N, K] float32 =
+      log2 decay of each chunk, and with `gradient` inverse = T and n = N. Where segments start, x, w, y and e are zero
+      for tokens that do not reach the states at the ends of the chunk.
+    """
+    b_size, t_size, heads, k_size = q.shape
+    chunks, n, dtype = t_size // CHUNK, k_size // BLOCK, q.dtype
+    operands = present(q=q, k=k, a=a, b=b, g=g, segments=segments)
+    keys, square = jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((b_size, heads, chunks, *SQUARE), dtype)
+    outs = dict.fromkeys("xwye", keys) | dict.fromkeys(("out_a", "p", *(("inverse", "n") if gradient else ())), square)
+    outs["total"] = jax.ShapeDtypeStruct((b_size, heads, chunks, k_size), jnp.float32)
+    scratch = {name: [tile(SQUARE, dtype)] * n for name in "qkab"}
+    scratch |= {name: tile(SQUARE, dtype) for name in ("ones", "right", "inverse", "n")}
+    scratch["half"] = tile(SQUARE, jnp.float16)
+
+    def body(*refs):
+        names = (*operands, *outs)
+        gmem = dict(zip(names, refs[: len(names)], strict=True))
+        smem, loaded = refs[len(names):]
+        head, chunk, batch = lax.axis_index("head"), lax.axis_index("chunk"), lax.axis_index("batch")
+        here = pl.ds(chunk * CHUNK, CHUNK)
+        seg = Segments(gmem["segments"].at[batch, chunk] if segments is not None else None)
+        for i in range(n):
+            for name in "qkab":
+                source = gmem[name].at[batch, here, head, pl.ds(i * BLOCK, BLOCK)]
+                plgpu.copy_gmem_to_smem(source, smem[name][i], loaded)
+        row, col = iotas()
+        ones, right = smem["ones"], smem["right"]
+        ones[...] = jnp.where(row >= col, 1.0, 0.0).astype(dtype)
+        for i in range(n):
+            mine = pl.ds(i * BLOCK, BLOCK)
+            decays = load_decays(gmem["g"].at[batch, here, head, mine])
+            gmem["total"].at[batch, head, chunk, mine][...] = jnp.sum(decays, axis=0) * LOG2E
+            c = cumulative(decays, ones, right, exact=g.dtype == dtype, interpret=interpret)
+            if i == 0:
+                plgpu.barrier_wait(loaded)
+            for name, exponent in (("q", c), ("a", c - decays * LOG2E), ("k", -c), ("b", -c)):
+                ref = smem[name][i]
+                ref[...] = (load(ref) * jnp.exp2(exponent)).astype(dtype)
+        plgpu.commit_smem()
+        tiles = {name: tuple(smem[name]) for name in "qkab"}
+        ab, = products((tiles["a"], turned(tiles["b"])))
+        lower, strict = seg.masked(row >= col), seg.masked(row > col)
+        inverse = smem["inverse"]
+        inverse[...] = unit_lower_inverse(jnp.where(strict, -ab, 0.0), smem["half"], interpret=interpret).astype(dtype)
+        ak, = products((tiles["a"], turned(tiles["k"])))
+        right[...] = jnp.where(strict, ak, 0.0).astype(dtype)
+        plgpu.commit_smem()
+        qb, qk = products((tiles["q"], turned(tiles["b"])), (tiles["q"], turned(tiles["k"])))
+        qb, qk = jnp.where(lower, qb, 0.0).astype(dtype), jnp.where(lower, qk, 0.0)
+        if segments is not None:
+            for name, mask in (("q", seg.entering), ("a", seg.entering), ("k", seg.leaving), ("b", seg.leaving)):
+                for ref in tiles[name]:
+                    ref[...] = mask(load(ref)).astype(dtype)
+            plgpu.commit_smem()
+        p, = products((inverse, right))
+        w = products(*((inverse, ref) for ref in tiles["a"]))
+        ones[...] = p.astype(dtype)
+        for ref, value in zip(tiles["a"], w, strict=True):
+            ref[...] = value.astype(dtype)
+        plgpu.commit_smem()
+        for ref, value in zip(tiles["q"], tiles["a"], strict=True):
+            x, = add_products((load(ref), qb, value), interpret=interpret)
+            ref[...] = (x * scale).astype(dtype)
+        out_a, = add_products((qk, qb, ones), interpret=interpret)
+        right[...] = (out_a * scale).astype(dtype)
+        if gradient:
+            zero = plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), WGMMA)
+            product, = add_products((zero, qb, inverse), interpret=interpret)
+            smem["n"][...] = (product * scale).astype(dtype)
+        plgpu.commit_smem()
+        for name, out in zip("qakb", "xwye", strict=True):
+            for i in range(n):
+                mine = pl.ds(i * BLOCK, BLOCK)
+                plgpu.copy_smem_to_gmem(smem[name][i], gmem[out].at[batch, here, head, mine])
+        for ref, out in ((right, "out_a"), (ones, "p"), (inverse, "inverse"), (smem["n"], "n"))[: 4 if gradient else 2]:
+            plgpu.copy_smem_to_gmem(ref, gmem[out].at[batch, head, chunk])
+        plgpu.wait_smem_to_gmem(0)
+
+    got = plgpu.kernel(
+        body, out_type=tuple(outs.values()), scratch_types=(scratch, plgpu.Barrier(num_arrivals=4 * n)),
+        grid=(heads, chunks, b_size), grid_names=("head", "chunk", "batch"), interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
+    )(*operands.values())
+    made = dict(zip(outs, got, strict=True))
+    return made | {"a": made.pop("out_a")}
+
+
+def dplr_forward(weights, v, init, keep, *, output, split, interpret=None):
+    """Outputs and final state, or, without `output`, what the backward pass needs.
+
+    Args: weights: the dict of `chunk_weights`; v [B, T, H, V] bf16, V in {64, 128}; init float32 [B, H, K, V] or None;
+      keep: float32 [B, N], 0 where a segment starts in the chunk, or None. split: programs per head.
+    Returns: as `kda_pass.kda_forward`.
+    """
+    keys = {name: weights[name] for name in ("w", "y", "e", *("x" if output else ()))}
+    squares = {name: weights[name] for name in ("p", *("a" if output else ()))}
+    arrays = present(total=weights["total"], z=v, init=init, keep=keep)
+
+    def chunk(walk):
+        smem, s16, own, z = walk.smem, walk.state16, walk.own, walk.smem("z")
+        u = ((smem("w"), smem("p")), (s16, z))
+        if output:
+            u, o = products(u, ((smem("x"), smem("a")), (s16, z)))
+        else:
+            u, = products(u)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk wrote has left shared memory
+        own[...] = u.astype(own.dtype)
+        plgpu.commit_smem()
+        if output:
+            walk.wait_late()
+        else:
+            walk.store("u", own)
+        state, = add_products((walk.state, turned((smem("y"), smem("e"))), (z, own)), interpret=interpret)
+        if output:
+            own[...] = o.astype(own.dtype)
+            plgpu.commit_smem()
+            walk.store("o", own)
+        return walk.decayed(state)
+
+    return walk_chunks(chunk, keys, squares, arrays, ("o",) if output else ("u", "entering"), reverse=False,
+                       split=split, late=("y", "e") if output else (), interpret=interpret)
+
+
+def dplr_reverse(weights, do, dfinal, keep, *, split, interpret=None):
+    """dV and dZ, in a walk from the end of the sequence with R in registers.
+
+    Args: as `dplr_forward`; do [B, T, H, V]; dfinal float32 [B, H, K, V] or None.
+    Returns: dict with dv, dz [B, T, H, V], entering [B, H, N, K, V] bf16 = R of every chunk, and state [B, H, K, V],
+      the gradient of the initial state.
+    """
+    keys = {name: weights[name] for name in ("w", "x", "y", "e")}
+    squares = {name: weights[name] for name in ("a", "inverse", "p", "n")}
+    total = weights["total"]
+    if dfinal is not None:
+        dfinal = dfinal * jnp.exp2(total[:, :, -1])[..., None]
+    before = jnp.pad(total[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))  # R carries the decay of the chunk it enters
+    arrays = present(total=before, z=do, init=dfinal, keep=keep)
+
+    def chunk(walk):
+        smem, r16, own, z = walk.smem, walk.state16, walk.own, walk.smem("z")
+        g, = products((smem("e"), r16))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        own[...] = g.astype(own.dtype)
+        plgpu.commit_smem()
+        walk.wait_late()
+        dv, dz = products(((*turned((smem("a"), smem("p"))), smem("y")), (z, own, r16)),
+                          (turned((smem("n"), smem("inverse"))), (z, own)))
+        state, = add_products((walk.state, turned((smem("x"), smem("w"))), (z, own)), interpret=interpret)
+        own[...] = dv.astype(own.dtype)
+        plgpu.commit_smem()
+        walk.store("dv", own)
+        walk.destinations["dz"][...] = dz.astype(own.dtype)
+        return walk.decayed(state)
+
+    return walk_chunks(chunk, keys, squares, arrays, ("dv", "dz", "entering"), reverse=True, split=split,
+                       late=("x", "w", "inverse", "n"), interpret=interpret)
+
+
+def chunk_gradients(q, k, a, b, v, u, do, dz, g, entering, leaving, keep=None, segments=None, *, scale, interpret=None):
+    """Gradients of q, k, a, b and of the log decays, all chunks in parallel.
+
+    With S the state entering the chunk, R, U and dZ from the walks, L and L- the lower triangle with and without its
+    diagonal:
+      dq' = scale dO S^T + L(scale dO V^T) k' + L(scale dO U^T) b',   da' = dZ S^T + L-(dZ V^T) k' + L-(dZ U^T) b'
+      dk' = V R^T + L(scale dO V^T)^T q' + L-(dZ V^T)^T a',           db' with U for V
+      dg_t = sum_{i >= t} (q' dq' - k' [dk' - V R^T] - b' [db' - U R^T])_i + sum_{i > t} (a' da')_i
+             + sum_{j < t} (k' V R^T + b' U R^T)_j + rowsum(S * R)
+    A pair of tokens on one side of t enters twice with opposite signs and the same rounding: only true terms stay.
+    A program makes 64 channels of one chunk.
+
+    Args: as `chunk_weights` and the walks; u, do, dz [B, T, H, V]; entering, leaving [B, H, N, K, V] bf16.
+    Returns: dict with dq, dk, da, db, dg [B, T, H, K], dg in the dtype of g.
+    """
+    b_size, t_size, heads, k_size = q.shape
+    v_size, dtype = v.shape[-1], q.dtype
+    chunks, n, n_v = t_size // CHUNK, k_size // BLOCK, v_size // BLOCK
+    operands = present(q=q, k=k, a=a, b=b, v=v, u=u, do=do, dz=dz, g=g, entering=entering, leaving=leaving, keep=keep,
+                       segments=segments)
+    outs = {name: jax.ShapeDtypeStruct(q.shape, dtype) for name in ("dq", "dk", "da", "db")}
+    outs["dg"] = jax.ShapeDtypeStruct(g.shape, g.dtype)
+    values = ("v", "u", "do", "dz")
+    scratch = {name: [tile(SQUARE, dtype)] * n_v for name in (*values, "entering")}
+    # R is spent before k and b are needed: with its tiles shared, two programs fit on a processor.
+    scratch |= {"leaving": [tile(SQUARE, dtype)] * 2, "q": tile(SQUARE, dtype), "a": tile(SQUARE, dtype),
+                "carried": plgpu.SMEM((BLOCK,), jnp.float32)}
+
+    def body(*refs):
+        names = (*operands, *outs)
+        gmem = dict(zip(names, refs[: len(names)], strict=True))
+        smem, loaded, reads_loaded, writes_loaded = refs[len(names):]
+        column, chunk, batch = lax.axis_index("column"), lax.axis_index("chunk"), lax.axis_index("batch")
+        head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
+        here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
+        tiles = {name: tuple(smem[name]) for name in (*values, "entering")}
+        tiles["leaving"] = tuple(smem["leaving"][:n_v])
+        for i in range(n_v):
+            cols = pl.ds(i * BLOCK, BLOCK)
+            for name in values:
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, cols], tiles[name][i], loaded)
+            for name in ("entering", "leaving"):
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine, cols], tiles[name][i], loaded)
+        seg = Segments(gmem["segments"].at[batch, chunk] if segments is not None else None)
+        row, col = iotas()
+        q_tile, a_tile, k_tile, b_tile = smem["q"], smem["a"], *smem["leaving"]
+        q_tile[...] = jnp.where(row >= col, 1.0, 0.0).astype(dtype)
+        g_here = gmem["g"].at[batch, here, head, mine]
+        decays = load_decays(g_here)
+        c = cumulative(decays, q_tile, a_tile, exact=g.dtype == dtype, interpret=interpret)
+        before = c - decays * LOG2E
+        plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(gmem["q"].at[batch, here, head, mine], q_tile, reads_loaded)
+        plgpu.copy_gmem_to_smem(gmem["a"].at[batch, here, head, mine], a_tile, reads_loaded)
+
+        plgpu.barrier_wait(loaded)
+        kept = sum(jnp.sum(load(s) * load(r), axis=1) for s, r in zip(tiles["entering"], tiles["leaving"], strict=True))
+        smem["carried"][...] = kept if keep is None else kept * gmem["keep"][batch, chunk]
+        dk_state, db_state = products((tiles["v"], turned(tiles["leaving"])), (tiles["u"], turned(tiles["leaving"])))
+        dk_state, db_state = seg.leaving(dk_state), seg.leaving(db_state)
+        plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(gmem["k"].at[batch, here, head, mine], k_tile, writes_loaded)
+        plgpu.copy_gmem_to_smem(gmem["b"].at[batch, here, head, mine], b_tile, writes_loaded)
+
+        plgpu.barrier_wait(reads_loaded)
+        q_tile[...] = (load(q_tile) * jnp.exp2(c)).astype(dtype)
+        a_tile[...] = (load(a_tile) * jnp.exp2(before)).astype(dtype)
+        plgpu.commit_smem()
+
+        def scores(left, right, keep, factor):
+            score, = products((tiles[left], turned(tiles[right])))
+            return jnp.where(seg.masked(keep), score * factor, 0.0).astype(dtype)
+
+        def within(first, second, x, y):
+            zero = plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), WGMMA)
+            return add_products((zero, (first, second), (x, y)), interpret=interpret)[0]
+
+        def weigh(ref):
+            weighted = (load(ref) * jnp.exp2(-c)).astype(dtype)
+            ref[...] = weighted
+            return weighted.astype(jnp.float32)
+
+        dk = within(scores("v", "do", row <= col, scale), scores("v", "dz", row < col, 1.0), q_tile, a_tile)
+        db = within(scores("u", "do", row <= col, scale), scores("u", "dz", row < col, 1.0), q_tile, a_tile)
+        plgpu.barrier_wait(writes_loaded)
+        k_own, b_own = weigh(k_tile), weigh(b_tile)
+        plgpu.commit_smem()
+        reach = -k_own * dk - b_own * db
+        written = (k_own * dk_state + b_own * db_state).astype(dtype)
+        leave = jnp.exp2(-c)
+        dk, db = ((dk + dk_state) * leave).astype(dtype), ((db + db_state) * leave).astype(dtype)
+
+        def read(gradient, factor, keep):
+            state, = products((tiles[gradient], turned(tiles["entering"])))
+            inner = within(scores(gradient, "v", keep, factor), scores(gradient, "u", keep, factor), k_tile, b_tile)
+            return inner + seg.entering(state) * factor
+
+        dq = read("do", scale, row >= col)
+        reach = reach + load(q_tile) * dq
+        q_tile[...] = (dq * jnp.exp2(c)).astype(dtype)
+        da = read("dz", 1.0, row > col)
+        erased = load(a_tile) * da
+        a_tile[...] = (da * jnp.exp2(before)).astype(dtype)
+        k_tile[...], b_tile[...] = dk, db
+        plgpu.commit_smem()
+        for name, ref in (("dq", q_tile), ("da", a_tile), ("dk", k_tile), ("db", b_tile)):
+            plgpu.copy_smem_to_gmem(ref, gmem[name].at[batch, here, head, mine])
+        high, low, strict, prefix = (tiles[name][0] for name in values)  # all spent
+        total = reach + erased
+        rounded = total.astype(dtype)
+        high[...] = rounded  # terms cancel: 16 bits of them
+        low[...] = (total - rounded.astype(jnp.float32)).astype(dtype)
+        strict[...] = jnp.where(row > col, 1.0, 0.0).astype(dtype)
+        prefix[...] = written
+        plgpu.commit_smem()
+        after = strict.transpose(T_CONTRACT)
+        dg, = products(((after, after, strict), (high, low, prefix)))
+        dg = dg + reach + columns(plgpu.load(smem["carried"], layout=WGMMA.reduce(0)), SQUARE)
+        given = plgpu.load(g_here, layout=WGMMA, optimized=False).astype(jnp.float32)
+        gmem["dg"].at[batch, here, head, mine][...] = jnp.where(given >= MIN_LOG_DECAY, dg, 0.0).astype(g.dtype)
+        plgpu.wait_smem_to_gmem(0)
+
+    got = plgpu.kernel(
+        body, out_type=tuple(outs.values()),
+        scratch_types=(scratch, plgpu.Barrier(num_arrivals=6 * n_v), plgpu.Barrier(num_arrivals=2),
+                       plgpu.Barrier(num_arrivals=2)),
+        grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256),
+    )(*operands.values())
+    return dict(zip(outs, got, strict=True))
