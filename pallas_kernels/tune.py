@@ -8,38 +8,26 @@ kernels have one fixed configuration per head size.
 """
 
 import argparse
+import concurrent.futures
+import functools
 import itertools
 import json
 import pathlib
-import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuned
+from pallas_kernels.bench.timing import seconds
 from pallas_kernels.gpu import diagonal_scan
 from pallas_kernels.gpu.tiles import not_hopper
-
-
-def seconds(f, args, repeats=20):
-    """Median over 5 of the time of `repeats` queued calls, per call."""
-    jax.block_until_ready(f(*args))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            out = f(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / repeats)
-    return statistics.median(times)
 
 
 def copy_rate():
     """Measured bytes/s of a 1 GiB copy, read and write counted."""
     x = jax.random.normal(jax.random.key(0), (2**29,), jnp.bfloat16)
-    return 2 * x.nbytes / seconds(jax.jit(lambda x: x + 1), (x,))
+    return 2 * x.nbytes / seconds(jax.jit(lambda x: x + 1), x, limit=0.2)
 
 
 def diagonal_scan_cases(shape, dtype):
@@ -76,19 +64,26 @@ def agree(got, want):
     return all(bool(norm(a.astype(jnp.float32) - b.astype(jnp.float32)) <= 0.004 * norm(b)) for a, b in pairs)
 
 
+def compile_all(run, arrays, configs):
+    """{configuration: compiled call}, compiled side by side: that is most of the time that tuning takes."""
+    lowered = [jax.jit(functools.partial(run, config=config)).lower(*arrays) for config in configs]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(configs, pool.map(lambda call: call.compile(), lowered), strict=True))
+
+
 def tune(op, shape, dtype, rate):
     """{class of call: fastest configuration} for one operator and shape; prints a line per candidate."""
     best = {}
     for call, run, arrays, candidates, default in CASES[op](shape, jnp.dtype(dtype)):
-        want = jax.jit(lambda *a, run=run, default=default: run(*a, config=default))(*arrays)
+        compiled = compile_all(run, arrays, list(dict.fromkeys(candidates)))
+        want = compiled[default](*arrays)
         size = sum(x.nbytes for x in (*arrays, *jax.tree.leaves(want)))
         times = {}
-        for config in dict.fromkeys(candidates):
-            f = jax.jit(lambda *a, run=run, config=config: run(*a, config=config))
+        for config, f in compiled.items():
             if not agree(f(*arrays), want):
                 print(f"{op}: {call}: {config} disagrees with the default", file=sys.stderr)
                 continue
-            times[config] = spent = seconds(f, arrays)
+            times[config] = spent = seconds(f, *arrays, limit=0.05)
             print(f"{op}: {call}: {config} {1e3 * spent:.4f} ms, {size / spent / 1e9:.0f} GB/s, "
                   f"{100 * size / spent / rate:.0f} % of a copy", flush=True)  # fmt: skip
         best[call] = min(times, key=times.get)._asdict()

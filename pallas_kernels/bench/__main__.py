@@ -7,42 +7,33 @@ The table of a CPU, chunked forms against token loops and quadratic attention (a
   python -m pallas_kernels.bench --op simple_gla,gla,gated_deltanet,kda,rwkv7,softmax --implementations xla,reference \\
     --shapes 1,512,4,64,64:1,2048,4,64,64:1,8192,4,64,64 --seconds 0.3 --out analysis/results/kernels/cpu_xla.json
 
-A shape is B,T,H,K,V. Peaks are measured on the device itself before anything else (a large matrix product, a copy), or
-given. The floor of a call is the longer of two times: ideal bytes (inputs and outputs once; twice more for the backward
-pass) at the peak bandwidth, idealised FLOPs (three times the forward for forward + backward) at the peak rate.
+A shape is B,T,H,K,V. Short calls are queued back to back. Peaks are measured on the device itself before anything else
+(a large matrix product, a copy), or given. The floor of a call is the longer of two times: ideal bytes (inputs and
+outputs once; twice more for the backward pass) at the peak bandwidth, idealised FLOPs (three times the forward for
+forward + backward) at the peak rate.
 """
 import argparse
 import json
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.bench.cases import OPS, make_inputs
+from pallas_kernels.bench.timing import seconds
 
 IMPLEMENTATIONS = ("auto", *dispatch.IMPLEMENTATIONS)
 
 
-def seconds(run, *args, limit):
-    """Median time of a compiled call: calls for `limit` seconds, and at least 3 unless they take 5 times as long."""
-    jax.block_until_ready(run(*args))
-    times = []
-    while sum(times) < (limit if len(times) >= 3 else 5 * limit):
-        start = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
-
-
 def measured_peaks(dtype):
-    """(FLOP/s of a 2048 x 2048 x 2048 product in `dtype`, bytes/s of a 128 MiB copy, read and write counted)."""
-    a = jnp.ones((2048, 2048), dtype)
+    """(FLOP/s of a square matrix product in `dtype`, bytes/s of a copy, read and written), large for the device."""
+    n, values = (8192, 1 << 28) if jax.default_backend() == "gpu" else (2048, 32 << 20)
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
     product = seconds(jax.jit(lambda a: a @ a), a, limit=0.5)
-    x = jnp.ones(32 << 20, jnp.float32)
+    x = jnp.ones(values, jnp.float32)
     copy = seconds(jax.jit(lambda x: x + 1), x, limit=0.5)
-    return 2 * 2048 ** 3 / product, 2 * x.nbytes / copy
+    return 2 * n**3 / product, 2 * x.nbytes / copy
 
 
 def measure(name, implementation, dtype, shape, peaks, limit):
