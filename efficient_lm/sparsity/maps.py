@@ -24,27 +24,30 @@ class Map:
     def __init__(self, inner, method, settings):
         self.inner, self.method, self.settings, self.seen = inner, method, settings, None
 
-    def scores(self, x):
+    def scores(self, x, rotation=None):
+        """[B, T, n]; of inputs in another basis where `rotation` [n, n] holds its vectors as columns."""
         size = jnp.abs(wide(x))
         if self.method.weighted:
-            size *= jnp.linalg.norm(self.inner.weight(size.dtype), axis=-1)
+            weight = self.inner.weight(size.dtype)
+            size *= jnp.linalg.norm(weight if rotation is None else rotation.T @ weight, axis=-1)
         return size
 
 
 class Thinned(Map):
-    """Leaves out inputs as `settings` {threshold or drop, and factors} say; `seen` is the share kept, [B, T]."""
+    """Leaves out inputs as `settings` {threshold or drop, factors, rotation} say; `seen` is the share kept, [B, T]."""
 
     def __call__(self, x):
-        linear = isinstance(self.inner, Linear)
+        linear, rotation = isinstance(self.inner, Linear), self.settings.get("rotation")
         x = x if linear else self.inner(x)
-        scores = self.scores(x)
+        x = x if rotation is None else (wide(x) @ rotation).astype(x.dtype)
+        scores = self.scores(x, rotation)
         drop, threshold = (self.settings.get(name) for name in ("drop", "threshold"))
         keep = scores > (threshold if drop is None else _token_thresholds(scores, drop))
         self.seen = jnp.mean(keep, axis=-1, dtype=jnp.float32)
         kept = jnp.where(keep, x, 0)
         if not linear:
             return kept
-        y = self.inner(kept)
+        y = self.inner(kept if rotation is None else (wide(kept) @ rotation.T).astype(x.dtype))
         if "factors" in self.settings:
             left, right = (factor.astype(x.dtype) for factor in self.settings["factors"])
             y += (jnp.where(keep, 0, x) @ left) @ right
@@ -100,6 +103,15 @@ class Factors(Map):
     def __call__(self, x):
         weight = self.inner.weight(jnp.float32)
         self.seen = factorised(weight, rank_of(weight.shape, self.method.rank))
+        return self.inner(x)
+
+
+class Rotation(Map):
+    """Changes nothing; `seen` are the left singular vectors of W as columns [n, n]: rows of seen^T W are orthogonal."""
+
+    def __call__(self, x):
+        weight = self.inner.weight(jnp.float32)
+        self.seen = jnp.linalg.eigh(weight @ weight.T)[1]
         return self.inner(x)
 
 

@@ -16,7 +16,7 @@ from efficient_lm import config as configs
 from efficient_lm import hardware, sharding, train
 from efficient_lm.schema import to_dict
 from efficient_lm.sparsity import greedy, maps
-from efficient_lm.sparsity.methods import METHODS
+from efficient_lm.sparsity.methods import METHODS, ROTATED
 from efficient_lm.sparsity.model import SparseLM
 
 BISECTIONS = 12  # of the dial
@@ -56,6 +56,7 @@ class Measured:
         dial, everywhere = self.method.dial, self.lm.same(jnp.zeros(()))
         quantiles = dial in ("quantile", "level", "block")
         self.factors = self._look(maps.Factors, everywhere) if self.method.rank else None
+        self.rotations = self._look(maps.Rotation, everywhere) if self.method.rotated else None
         self.quantiles = self._look(maps.Quantiles, everywhere) if quantiles else None
         self.shares = self._look(maps.Thinned, self.quantiles) if dial == "block" else None
 
@@ -66,7 +67,8 @@ class Measured:
     def thresholds(self, dial: float) -> dict:
         """The settings at a dial."""
         if self.method.dial == "token":
-            return self.lm.same({"drop": jnp.float32(dial)})
+            settings = self.lm.same({"drop": jnp.float32(dial)})
+            return self._rotated(settings) if self.rotations else settings
         if self.method.dial == "error":
             found = self._look(maps.ErrorThreshold, self.lm.same(jnp.float32(dial)))
             return jax.tree.map(lambda threshold: {"threshold": threshold}, found)
@@ -81,6 +83,15 @@ class Measured:
                 share = _between(self.shares[group][name][path], dial, greedy.STEPS)
             setting = {"threshold": _between(table, share, len(maps.QUANTILES) - 1)}
             return setting | ({"factors": self.factors[group][name][path]} if self.factors else {})
+
+        return self.lm.settings(one)
+
+    def _rotated(self, settings) -> dict:
+        """The settings, with the rotation of each map that has one."""
+
+        def one(group, name, path):
+            found, like = self.rotations[group][name], ROTATED.get(path)
+            return settings[group][name][path] | ({"rotation": found[like]} if like in found else {})
 
         return self.lm.settings(one)
 
@@ -154,7 +165,7 @@ class _Functions:
         self.score = compiled(self._score)
         self.looks = {
             kind: compiled(self._look(kind))
-            for kind in (maps.Quantiles, maps.ErrorThreshold, maps.Factors, maps.Thinned)
+            for kind in (maps.Quantiles, maps.ErrorThreshold, maps.Factors, maps.Rotation, maps.Thinned)
         }
 
     def _score(self, params, settings, batch):

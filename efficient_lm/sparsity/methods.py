@@ -24,6 +24,7 @@ class Method:
       greedy.py divides over its matrices; 'level', one threshold for all layers as a share of the largest 99 %
       quantile of a layer; 'token', the share of inputs left out of each token.
     rank: what is left out still passes through a factorisation of W of this rank, as a share of its smaller side.
+    rotated: turn the inputs that ROTATED names into a basis in which the rows of one matrix are orthogonal.
     """
 
     about: str
@@ -31,8 +32,14 @@ class Method:
     weighted: bool = False
     dial: str = "quantile"
     rank: float = 0.0
+    rotated: bool = False
 
 
+# Maps that read the same input, and the one among them whose rows WINA makes orthogonal.
+ROTATED = {
+    **dict.fromkeys(("mixer/q", "mixer/k", "mixer/v"), "mixer/k"),
+    **dict.fromkeys(("ffn/gate", "ffn/up"), "ffn/gate"),
+}
 EVERY = r"^(?!.*(^|/)act$)"  # all but activations
 
 METHODS["cett"] = Method("CETT of 2411.02335: the same relative output error in every FFN", weighted=True, dial="error")
@@ -50,6 +57,9 @@ METHODS["teal"] = Method(
 METHODS["magnitude"] = Method("TEAL without its allocation: the same quantile for every matrix", EVERY)
 METHODS["wina"] = Method(
     "WINA (2505.19427): the largest |x_i| ||W_i|| of each token, without its rotations", EVERY, True, "token"
+)
+METHODS["wina_rotated"] = Method(
+    "WINA with its rotations, taken as free: orthogonal rows of W_k and W_gate", EVERY, True, "token", rotated=True
 )
 METHODS["rsparse"] = Method(
     "R-Sparse (2504.19449): |x_i| ||W_i|| above a quantile, the rest through a low rank", EVERY, True, rank=0.05

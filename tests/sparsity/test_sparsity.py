@@ -1,6 +1,7 @@
 """Leaving out inputs: thresholds against brute force, dials from nothing to everything, devices, the command."""
 
 import functools
+import itertools
 import json
 
 import jax
@@ -99,6 +100,26 @@ def test_a_low_rank_for_the_rest_is_exact_at_full_rank():
     stand_in = maps.Thinned(_linear(kernel), METHODS["rsparse"], settings)
     np.testing.assert_allclose(stand_in(jnp.asarray(x, jnp.float32)), x @ kernel, rtol=1e-4, atol=1e-5)
     assert 0.1 < float(jnp.mean(stand_in.seen)) < 0.9
+
+
+def test_in_the_rotated_basis_no_other_choice_of_inputs_is_better():
+    """Orthogonal rows make the smallest scores the least error, of all subsets of their number, for every token."""
+    rng = np.random.default_rng(3)
+    x, kernel = rng.standard_normal((1, 4, 6)), rng.standard_normal((6, 5)) @ rng.standard_normal((5, 9))
+    look = maps.Rotation(_linear(kernel), METHODS["wina_rotated"], None)
+    look(jnp.asarray(x, jnp.float32))
+    rotation = np.asarray(look.seen, float)
+    turned = rotation.T @ kernel
+    off = turned @ turned.T - np.diag(np.sum(turned**2, axis=1))
+    assert np.abs(off).max() < 1e-5 * np.sum(turned**2)
+    settings = {"drop": jnp.float32(0.5), "rotation": look.seen}
+    y = maps.Thinned(_linear(kernel), METHODS["wina_rotated"], settings)(jnp.asarray(x, jnp.float32))
+    parts = (x @ rotation)[0, :, :, None] * turned
+    least = np.full(4, np.inf)
+    for kept in itertools.combinations(range(6), 3):
+        error = np.linalg.norm(parts[:, list(kept)].sum(1) - x[0] @ kernel, axis=-1)
+        least = np.minimum(least, error)
+    np.testing.assert_allclose(np.linalg.norm(y[0] - x[0] @ kernel, axis=-1), least, rtol=1e-4, atol=1e-5)
 
 
 def test_greedy_shares_beat_equal_ones_and_add_up_to_the_dial(run):
