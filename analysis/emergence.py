@@ -11,11 +11,11 @@ import pandas as pd
 from analysis.fit import fit_law
 from analysis.laws import get_law
 from analysis.load import load_table
-from analysis.result import Options
+from analysis.result import Options, interval
 
 LAWS = ("massive_activations", "first_order_step", "second_order_step")
 RAW = ("A", "lambda", "gamma", "t0", "K")  # the paper's parameters, degenerate in data
-DETERMINED = ("beta", "t_peak", "f_peak", "K")
+DETERMINED = ("beta", "t_peak", "f_peak", "f_end", "K")
 
 
 # ---------------------------------------------------------------------------------------------- one curve
@@ -24,25 +24,26 @@ DETERMINED = ("beta", "t_peak", "f_peak", "K")
 def fit_curve(t, f, *, draws: int = 200, level: float = 0.9, seed: int = 0) -> dict:
     """One layer's curve: steps t [n] >= 0 and ratios f [n].
 
-    Returns a flat dict: each parameter of LAWS[0] and each derived quantity with NAME_lo and NAME_hi, r2, `peak`
+    Returns a flat dict: each parameter of LAWS[0], each derived quantity and f_end, the law's value at the last step,
+    with NAME_lo and NAME_hi; r2, `peak`
     ("seen" where the curve has a maximum within the steps in a share `level` of the draws, "no" where it has none in as
     many, else "unclear"; without a maximum t_peak is the minimum of a curve that falls first), aic_LAW (corrected for
     small samples, minus that of the best), best (the law of lowest AIC) and refused. Where `refused` says that the
     parameters trade off, a peak that is seen is determined all the same.
     """
-    law = get_law(LAWS[0])
+    law, last = get_law(LAWS[0]), float(np.max(t))
     frame = pd.DataFrame({"t": np.asarray(t, float), "f": np.asarray(f, float)})
     table = load_table(frame, required=law.columns, may_be_zero=law.may_be_zero)
     with np.errstate(invalid="ignore"):  # the paper's parameters of some draws are infinite
         fit = fit_law(law, table, Options(bootstrap=draws, level=level, seed=seed, holdout=False, progress=False))
-    out = {"n": len(frame), "refused": fit.refused, "r2": fit.quality.get("r2")}
-    for name, entry in {**fit.params, **fit.derived}.items():
-        out |= {name: entry["value"], f"{name}_lo": entry["lo"], f"{name}_hi": entry["hi"]}
-    if fit.params:
-        at = np.asarray(fit.draws["t_peak"] if draws else [fit.derived["t_peak"]["value"]])
-        rises = np.asarray(fit.draws["A1"] if draws else [fit.params["A1"]["value"]]) > 0
-        share = np.mean(rises & (at > 0) & (at < frame["t"].max()))
+    out, found = {"n": len(frame), "refused": fit.refused, "r2": fit.quality.get("r2")}, {**fit.params, **fit.derived}
+    if found:
+        end = law.predict({name: entry["value"] for name, entry in fit.params.items()}, {"t": last})
+        found["f_end"] = interval(end, law.predict(fit.draws, {"t": last}), level)
+        share = np.mean((fit.draws["A1"] > 0) & (fit.draws["t_peak"] > 0) & (fit.draws["t_peak"] < last))
         out["peak"] = "seen" if share >= level else "no" if share <= 1 - level else "unclear"
+    for name, entry in found.items():
+        out |= {name: entry["value"], f"{name}_lo": entry["lo"], f"{name}_hi": entry["hi"]}
     scores = {name: _aic(name, frame) for name in LAWS}
     best = min(scores, key=scores.get)
     return out | {f"aic_{name}": score - scores[best] for name, score in scores.items()} | {"best": best}
@@ -76,17 +77,16 @@ def regression(fits: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> pd.DataF
     """How well the parameters of curves follow from the architecture, out of sample.
 
     `fits` has a row for each curve: what `fit_curve` returns and run_id, layer (from 0), n_layers, d_model, n_heads,
-    d_ff. Rows that were refused are left out, and those without a peak for the targets that need one. A row of the
-    result is a target and a model (linear, boosted stumps): r2 on held-out layers, and on held-out architectures where
-    there are more than two. Targets are transformed as in the paper: log1p, K by Yeo-Johnson.
+    d_ff. For each target the curves count that determine it (`determined`), even where the law's parameters together
+    were refused. A row of the result is a target and a model (linear, boosted stumps): r2 on held-out layers, and on
+    held-out architectures where there are more than two. Targets are transformed as in the paper: log1p, K by
+    Yeo-Johnson.
 
-    Raises ValueError where fewer than 2 `folds` curves can be used.
+    Targets with fewer than 2 `folds` curves are left out. Raises ValueError where none is left.
     """
-    fits = fits[fits["refused"].isna()].reset_index(drop=True)
     rows = []
     for name in dict.fromkeys((*RAW, *DETERMINED)):
-        used = fits[fits["peak"] == "seen"] if name in ("t_peak", "f_peak") else fits
-        used = used[np.isfinite(used[name]) & ((used[name] > -1) | (name == "K"))]
+        used = fits[determined(fits, name) & ((fits[name] > -1) | (name == "K"))].reset_index(drop=True)
         if len(used) < 2 * folds:
             continue
         facts = used[["n_layers", "d_model", "n_heads", "d_ff"]].to_dict("records")
@@ -99,8 +99,15 @@ def regression(fits: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> pd.DataF
             row["r2_architectures"] = cross_validated(predict, x, y, shapes) if shapes.max() > 1 else None
             rows.append(row)
     if not rows:
-        raise ValueError(f"{len(fits)} curves were fitted: too few for {folds} folds")
+        raise ValueError(f"no quantity is determined by {2 * folds} of {len(fits)} curves: too few for {folds} folds")
     return pd.DataFrame(rows)
+
+
+def determined(fits: pd.DataFrame, name: str) -> pd.Series:
+    """Which rows of `fits` know quantity `name`: its interval is narrower than its value, and a peak is seen."""
+    width = fits[f"{name}_hi"] - fits[f"{name}_lo"]
+    known = np.isfinite(fits[name]) & (width <= fits[name].abs())
+    return known & (fits["peak"] == "seen") if name in ("t_peak", "f_peak") else known
 
 
 def _transformed(name: str, y):

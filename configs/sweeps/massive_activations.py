@@ -4,58 +4,74 @@
     python -m analysis.massive_activations --store runs/massive --svg runs/massive/
     python -m analysis.massive_activations --store analysis/results/massive_activations/*.jsonl --svg out_  # no runs
 
-Every cell carries the probes of configs/interventions.py. Axes: size, intervention, seed.
+Every cell carries the probes of configs/interventions.py, and every row of text begins with the same token, on which
+attention sinks and massive activations are reported to gather (2410.10781, 2410.13835). Axes: size, intervention, seed;
+the interventions include changes of the training rather than of the model (TRAINING).
 
 :cpu  two CPU cores: 4 layers x 32, 6 x 48 and 8 x 64, 400 steps of 8 x 128 bytes; interventions at 6 x 48
-:gpu  one GPU: 6 layers x 128, 8 x 192 and 12 x 256, 4000 steps of 32 x 256 tokens of prepared data (bytes);
-      interventions at 8 x 192
+:gpu  one GPU: 6 layers x 128, 8 x 256 and 12 x 384, 10000 steps of 16 x 256 tokens of prepared data (bytes);
+      interventions at 8 x 256
+:lr   one GPU: 8 x 256, 3000 steps: the learning rate of the interventions that change the scale of a branch
 """
 
 from ml_collections import ConfigDict
 
 from configs.interventions import ATTENTION, INTERVENTIONS, base
 from efficient_lm.schema import ConfigError, nearest
-from sweeps.combine import Cell, axis, chain, choices, product
+from sweeps.combine import Cell
 
-SIZES = {
-    "cpu": {"small": (4, 32), "middle": (6, 48), "large": (8, 64)},
-    "gpu": {"small": (6, 128), "middle": (8, 192), "large": (12, 256)},
-}
+CPU = {"small": (4, 32), "middle": (6, 48), "large": (8, 64)}
+GPU = {"small": (6, 128), "middle": (8, 256), "large": (12, 384)}
+SIZES = {"cpu": CPU, "gpu": GPU, "lr": {"middle": GPU["middle"]}}
+LENGTHS = {"cpu": 128, "gpu": 256, "lr": 256}
+LR = 0.5  # times 1 / width
 SEEDS = (0, 1)
-LENGTHS = {"cpu": 128, "gpu": 256}
+# What makes massive activations and sinks, if not the model.
+TRAINING = {
+    "no_bos": {"data.pack": "stream"},
+    "double_lr": {"lr": 2.0},  # in units of LR / width
+    "no_decay": {"optim.weight_decay": 0.0},
+}
+RATES = {"baseline": (1, 2), "sandwich": (0.5, 1, 2), "sigma_reparam": (1, 2, 4)}  # of :lr, times LR
 
 
 def get_config(preset="cpu"):
     check(preset)
     values = base()
-    if preset == "gpu":
-        values["data"] = {"source": "prepared", "path": "data/prepared", "pack": "stream"}
-        values["train"]["steps"] = 4000
+    values["model"]["vocab_size"] = 264  # 256 bytes and the first token of a row, in a multiple of 8
+    values["data"]["pack"] = "bos"
+    if preset == "cpu":
+        values["model"]["dtype"] = "float32"
+        values["train"] |= {"steps": 400, "batch_size": 8, "seq_len": LENGTHS["cpu"], "steps_per_call": 25}
+        values["probes"]["every"] = 20
         return ConfigDict(values)
-    values["model"]["dtype"] = "float32"
-    values["train"] |= {"steps": 400, "batch_size": 8, "seq_len": LENGTHS["cpu"], "steps_per_call": 25}
-    values["probes"]["every"] = 20
+    values["data"] |= {"source": "prepared", "path": "data/prepared"}
+    values["train"] |= {"steps": 10000 if preset == "gpu" else 3000, "batch_size": 16}
+    values["probes"]["every"] = 200
     return ConfigDict(values)
 
 
 def get_sweep(preset="cpu"):
     check(preset)
-    sizes = choices("size", {name: size(*shape) for name, shape in SIZES[preset].items()})
-    middle = [cell for cell in sizes if cell.axes["size"] == "middle"]
-    named = {name: dict(settings) for name, settings in INTERVENTIONS.items()}
+    named = {name: dict(settings) for name, settings in (INTERVENTIONS | TRAINING).items()}
     named["clipped_softmax"][ATTENTION + "weights_length"] = LENGTHS[preset]
-    treated = choices("intervention", named)
-    baseline = [cell for cell in treated if cell.axes["intervention"] == "baseline"]
-    others = [cell for cell in treated if cell.axes["intervention"] != "baseline"]
-    once = chain(product(sizes, baseline), product(middle, others))
-    return chain(*(product(once, axis("seed", [seed])) for seed in SEEDS))
+    sizes = SIZES[preset]
+    if preset == "lr":
+        rates = [(name, factor) for name in RATES for factor in RATES[name]]
+        tried = [(f"{name} lr x {factor}", named[name] | {"lr": factor}) for name, factor in rates]
+        return [cell("middle", sizes["middle"], label, settings, 0) for label, settings in tried]
+    once = [(size, "baseline") for size in sizes] + [("middle", name) for name in named if name != "baseline"]
+    return [cell(size, sizes[size], name, named[name], seed) for seed in SEEDS for size, name in once]
 
 
-def size(layers: int, width: int) -> Cell:
+def cell(size: str, shape: tuple, intervention: str, settings: dict, seed: int) -> Cell:
     """Heads of 32 channels (16 in narrow models); the learning rate falls with the width."""
-    heads = width // (32 if width >= 128 else 16)
-    values = {"model.n_layers": layers, "model.d_model": width, ATTENTION + "n_heads": heads, "optim.lr": 0.4 / width}
-    return Cell(values, {"n_layers": layers, "d_model": width})
+    layers, width = shape
+    heads, settings = width // (32 if width >= 128 else 16), dict(settings)
+    rate = LR / width * settings.pop("lr", 1.0)
+    values = {"model.n_layers": layers, "model.d_model": width, ATTENTION + "n_heads": heads, "optim.lr": rate}
+    axes = {"size": size, "intervention": intervention, "n_layers": layers, "d_model": width, "seed": seed}
+    return Cell(values | settings | {"seed": seed}, axes)
 
 
 def check(preset):

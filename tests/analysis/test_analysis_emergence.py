@@ -21,6 +21,8 @@ def test_a_peak_is_found_with_its_interval_and_the_law_chosen():
     found = emergence.fit_curve(STEPS, curve("massive_activations", PEAK))
     assert found["refused"] is None and found["peak"] == "seen" and found["best"] == "massive_activations"
     assert found["r2"] > 0.98
+    end = get_law("massive_activations").evaluate(PEAK, t=STEPS)[-1]
+    assert found["f_end"] == pytest.approx(end, rel=0.05) and found["f_end_hi"] - found["f_end_lo"] < 0.1 * end
     for name in ("t_peak", "f_peak"):
         width = found[f"{name}_hi"] - found[f"{name}_lo"]
         assert abs(found[name] - truth[name]) < width < 0.1 * truth[name]
@@ -57,10 +59,10 @@ def made_up(seed=0, shapes=((6, 128, 4), (8, 192, 6), (12, 256, 8), (10, 320, 10
             facts = {"n_layers": layers, "d_model": width, "n_heads": heads, "d_ff": 8 * width // 3}
             depth = (layer + 1) / layers
             values = {"t_peak": np.expm1(6 + 2 * depth - depth**2), "K": 5 + 3 * depth, "A": rng.exponential(50.0)}
-            blank = dict.fromkeys(("lambda", "gamma", "t0", "beta", "f_peak"), np.nan)
-            rows.append(
-                {"run_id": str(width), "layer": layer, "refused": None, "peak": "seen"} | facts | blank | values
-            )
+            values |= dict.fromkeys(("lambda", "gamma", "t0", "beta", "f_peak", "f_end"), np.nan)
+            ends = {f"{name}_lo": 0.9 * value for name, value in values.items()}
+            ends |= {f"{name}_hi": 1.1 * value for name, value in values.items()}
+            rows.append({"run_id": str(width), "layer": layer, "peak": "seen"} | facts | values | ends)
     return pd.DataFrame(rows)
 
 
@@ -72,9 +74,14 @@ def test_regression_predicts_what_the_architecture_decides_and_nothing_else():
         assert table.loc[("t_peak", model), "r2_layers"] > 0.9
         assert table.loc[("K", model), "r2_architectures"] > 0.9
         assert table.loc[("A", model), "r2_layers"] < 0.25
-    refused = made_up().assign(refused="why")
-    with pytest.raises(ValueError, match="0 curves were fitted: too few for 5 folds"):
-        emergence.regression(refused)
+    # Curves that do not determine a quantity do not count for it.
+    fits = made_up()
+    fits.loc[fits["layer"] % 2 == 0, "K_hi"] = 1e3
+    fits.loc[fits["n_layers"] == 12, "peak"] = "no"
+    used = emergence.regression(fits).set_index(["target", "model"])["n"]
+    assert used[("K", "linear")] == 18 and used[("t_peak", "linear")] == 24 and used[("A", "linear")] == 36
+    with pytest.raises(ValueError, match="no quantity is determined by 10 of 3 curves: too few for 5 folds"):
+        emergence.regression(fits.head(3))
 
 
 def test_held_out_rows_never_train():

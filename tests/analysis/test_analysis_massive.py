@@ -109,12 +109,13 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])
 def test_sweep(preset):
     cells = get_sweep(preset)
-    assert len(cells) == 20 and {cell.axes["seed"] for cell in cells} == {0, 1}
+    assert len(cells) == 26 and {cell.axes["seed"] for cell in cells} == {0, 1}
     assert sum(cell.axes["intervention"] == "baseline" for cell in cells) == 6
+    assert {cell.axes["size"] for cell in cells if cell.axes["intervention"] != "baseline"} == {"middle"}
     values = get_config(preset).to_dict()
     for key, value in cells[4].overrides.items():
         set_path(values, key, value)
     assert values["model"]["mixers"]["attention"]["weights_length"] == values["train"]["seq_len"]
     assert load("configs/interventions.py:clipped_softmax").probes.every == 100
-    with pytest.raises(ConfigError, match="massive_activations.py:tpu: no such preset; .*allowed: cpu, gpu"):
+    with pytest.raises(ConfigError, match="massive_activations.py:tpu: no such preset; .*allowed: cpu, gpu, lr"):
         get_sweep("tpu")
