@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels.gpu import channel_decay
 from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
 from pallas_kernels.gpu.gates import chunk_decays, gate_gradient, pad_tokens, token_decays
+from pallas_kernels.gpu.head_parts import HeadParts
 from pallas_kernels.gpu.pieces import count_pieces, piece_states
 from pallas_kernels.gpu.tiles import CHUNK, not_hopper
 from pallas_kernels.steps import repeat_heads
@@ -33,8 +34,8 @@ def supports(q, k, v, log_decay=None, *, chunk_size=None, **_):
     if q.shape[1] == 0:
         return "T must be at least 1"
     for name, size in (("key", q.shape[-1]), ("value", v.shape[-1])):
-        if size not in (64, 128):
-            return f"{name} head size must be 64 or 128, got {size}"
+        if size not in (64, 128, 256):
+            return f"{name} head size must be 64, 128 or 256, got {size}"
     return None
 
 
@@ -49,8 +50,9 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
     """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, differentiable in every array.
 
     Args:
-      q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K and V in {64, 128}, any T.
-      log_decay: None, [H], [B, T, H] or [B, T, H, K] (rounded to bf16), natural log, <= 0.
+      q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K and V in {64, 128, 256}, any T. A head of 256
+        runs as two of 128, whose outputs add up (K) or stand side by side (V).
+      log_decay: None, [H], [B, T, H] or [B, T, H, K] (rounded, see `channel_decay`), natural log, <= 0.
       initial_state: float32 [B, H, K, V] or None for zero.
       segment_ids: int [B, T] or None; the state is emptied where the id changes.
     Returns: (o [B, T, H, V] in the dtype of v, final state float32 [B, H, K, V]).
@@ -58,11 +60,17 @@ def linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segm
     """
     if reason := supports(q, k, v, log_decay):
         raise ValueError(f"pallas_gpu linear_attention: {reason}")
-    b_size, t_size, heads, _ = v.shape
-    q, k = repeat_heads(q, heads), repeat_heads(k, heads)
+    q, k = repeat_heads(q, v.shape[2]), repeat_heads(k, v.shape[2])
+    parts = HeadParts(-(-q.shape[-1] // 128), -(-v.shape[-1] // 128))
+    q, k, v, initial_state = parts.of_keys(q), parts.of_keys(k), parts.of_values(v), parts.of_state(initial_state)
+    options = dict(scale=scale, initial_state=initial_state, segment_ids=segment_ids, interpret=interpret)
     if log_decay is not None and log_decay.ndim == 4:
-        return channel_decay.linear_attention(q, k, v, log_decay, scale=scale, initial_state=initial_state,
-                                              segment_ids=segment_ids, interpret=interpret)
+        return parts.join(*channel_decay.linear_attention(q, k, v, parts.of_keys(log_decay), **options))
+    return parts.join(*_scalar_decay(q, k, v, parts.of_heads(log_decay), **options))
+
+
+def _scalar_decay(q, k, v, log_decay, *, scale, initial_state, segment_ids, interpret):
+    b_size, t_size, heads, _ = v.shape
     decay = token_decays(log_decay, segment_ids, b_size, t_size, heads)
     # zero tokens without decay change neither state nor gradients
     q, k, v, decay = (None if x is None else pad_tokens(x) for x in (q, k, v, decay))

@@ -28,6 +28,8 @@ SMALLEST = 2.0**-126  # normalisers below the smallest float32 belong to outputs
 
 def supports(q, k, v, input_gate=None, forget_gate=None, *, chunk_size=None, **_):
     """None where `mlstm` takes these arrays, else why not, in one line. Values are not looked at."""
+    if max(q.shape[-1], v.shape[-1]) > 128:
+        return f"key and value head sizes must be 64 or 128, got {q.shape[-1]} and {v.shape[-1]}"
     return scalar.supports(q, k, v, chunk_size=chunk_size)
 
 

@@ -42,7 +42,7 @@ def test_forward_and_backward_lower_for_hopper(k, v):
 
 
 @as_written
-@pytest.mark.parametrize("case", ["pieces", "segments", "wide keys, float32 gates"])
+@pytest.mark.parametrize("case", ["pieces", "segments", "keys of 256, float32 gates"])
 def test_interpreted_matches_the_reference_without_races(case, monkeypatch, capsys):
     monkeypatch.setattr(pieces, "MIN_PIECE_CHUNKS", 1)  # several pieces at a tiny T
     interpret = plgpu.InterpretGPUParams(detect_races=True)
@@ -52,7 +52,7 @@ def test_interpreted_matches_the_reference_without_races(case, monkeypatch, caps
         ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 20, axis=1).reshape(1, 100), jnp.int32)
         got = errors(*make(1, 100, 1, 64, 64, gate=1.0), segment_ids=ids, interpret=interpret)
     else:
-        got = errors(*make(1, 64, 1, 128, 64, gate_dtype=jnp.float32), interpret=interpret)
+        got = errors(*make(1, 64, 1, 256, 128, gate_dtype=jnp.float32), interpret=interpret)
     assert max(got) < 0.005 and "RACE" not in capsys.readouterr().out, got
 
 
@@ -62,6 +62,14 @@ def test_interpreted_matches_the_reference_without_races(case, monkeypatch, caps
 @pytest.mark.parametrize("t", [1, 63, 130, 2048])
 def test_gpu_matches_the_reference(t, k, v):
     got = errors(*make(2, t, 3, k, v, initial=True))
+    assert max(got) < 0.006, got
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("k, v", [(256, 256), (256, 64), (128, 256)])
+def test_gpu_head_size_256(k, v):
+    got = errors(*make(2, 300, 2, k, v, initial=True))
     assert max(got) < 0.006, got
 
 
