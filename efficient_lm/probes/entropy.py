@@ -1,5 +1,6 @@
 """Entropy of attention, whose collapse goes with unstable training (2303.06296)."""
 
+import jax
 import jax.numpy as jnp
 
 from efficient_lm.probes.base import PROBES
@@ -19,5 +20,5 @@ def entropy(layer):
     weights = layer.attention / jnp.where(total > 0, total, 1.0)
     nats = -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1.0)), -1)
     later = (layer.positions > 0) & layer.counted
-    heads = jnp.stack([mean(nats[:, head], later) for head in range(nats.shape[1])])
+    heads = jax.vmap(mean, (1, None))(nats, later)
     return {"attention_entropy": heads.mean(), "attention_entropy_low": heads.min()}

@@ -1,5 +1,6 @@
 """Attention sinks: how much attention the first token of a document gets (2309.17453, 2410.10781)."""
 
+import jax
 import jax.numpy as jnp
 
 from efficient_lm.probes.base import PROBES
@@ -21,5 +22,5 @@ def sink(layer):
     first = (layer.positions == 0) & layer.counted
     on_first = jnp.sum(layer.attention * first[:, None, None], -1)
     later = (layer.positions > 0) & layer.counted
-    heads = jnp.stack([mean(on_first[:, head], later) for head in range(on_first.shape[1])])
+    heads = jax.vmap(mean, (1, None))(on_first, later)
     return {"sink_mass": heads.mean(), "sink_top": heads.max(), "sink_heads": (heads > SINK).mean()}
