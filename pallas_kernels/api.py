@@ -185,8 +185,8 @@ def mlstm(q, k, v, input_gate, forget_gate, *, input_activation="exp", scale=Non
     input_activation 'exp' (2405.04517): C_t = f C_{t-1} + e^i k v^T, n_t = f n_{t-1} + e^i k,
     o = scale C^T q / max(|scale n . q|, 1), with a running stabiliser m that leaves the result unchanged; its states
     are (C [B, H, K, V], n [B, H, K], m [B, H]) with C and n scaled by e^-m, and m is a constant for gradients.
-    'sigmoid' (2503.14376): e^i becomes sigmoid(i), no normaliser, and the state is C. Runs on `linear_attention`,
-    whose implementations it takes.
+    'sigmoid' (2503.14376): e^i becomes sigmoid(i), no normaliser, and the state is C. Both run on `linear_attention`,
+    whose implementations they take; 'pallas_gpu' has a kernel for 'exp', whose normaliser others compute in float32.
     """
     _check_qkv(q, k, v)
     for name, x in (("input_gate", input_gate), ("forget_gate", forget_gate)):
@@ -202,6 +202,17 @@ def mlstm(q, k, v, input_gate, forget_gate, *, input_activation="exp", scale=Non
     if implementation == "reference":
         o, state = reference.mlstm(q, k, v, input_gate, forget_gate, **options)
         return o, state if output_final_state else None
+    if input_activation == "exp" and implementation in (None, "pallas_gpu"):
+        arrays = dict(q=q, k=k, v=v, input_gate=input_gate, forget_gate=forget_gate, initial_state=initial_state,
+                      segment_ids=segment_ids)
+        asked = dict(arrays, chunk_size=chunk_size)
+        if implementation is None:
+            kernel = dispatch.automatic("mlstm", asked)
+        else:
+            kernel = dispatch.choose("mlstm", implementation, asked)
+        if kernel is not None:
+            o, state = kernel[1](**arrays, scale=options["scale"])
+            return o, state if output_final_state else None
     run = functools.partial(linear_attention, chunk_size=chunk_size, implementation=implementation)
     return _mlstm.mlstm(run, q, k, v, input_gate, forget_gate, output_final_state=output_final_state, **options)
 

@@ -55,12 +55,7 @@ def choose(op, implementation, arguments):
     Raises ValueError when an explicit choice is unknown or cannot serve the call, with the reason.
     """
     if implementation is None:
-        for name, (platform, _) in _KERNELS.items():
-            if platform == jax.default_backend() and (name == "cudnn" or partition.per_device(op)):
-                function, supports = _load(op, name, named=False)
-                if function is not None and supports(**_structs(arguments)) is None:
-                    return name, _split(op, name, function)
-        return "xla", _load(op, "xla")[0]
+        return automatic(op, arguments) or ("xla", _load(op, "xla")[0])
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation = {implementation!r}: allowed are None and {', '.join(IMPLEMENTATIONS)}")
     function, supports = _load(op, implementation)
@@ -68,6 +63,16 @@ def choose(op, implementation, arguments):
     if reason is not None:
         raise ValueError(f"implementation = {implementation!r} cannot run {op}: {reason}")
     return implementation, _split(op, implementation, function)
+
+
+def automatic(op, arguments):
+    """(name, function) of the default platform's kernel for this call of `op`, or None."""
+    for name, (platform, _) in _KERNELS.items():
+        if platform == jax.default_backend() and (name == "cudnn" or partition.per_device(op)):
+            function, supports = _load(op, name, named=False)
+            if function is not None and supports(**_structs(arguments)) is None:
+                return name, _split(op, name, function)
+    return None
 
 
 def _split(op, implementation, function):

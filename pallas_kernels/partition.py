@@ -13,11 +13,12 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-OPERATORS = ("linear_attention", "delta_rule", "dplr", "diagonal_scan", "attention")
+OPERATORS = ("linear_attention", "delta_rule", "dplr", "mlstm", "diagonal_scan", "attention")
 _TOKENS = ("batch", None, "heads")
 # What the axes of an argument are; further ones are whole. The channels of a diagonal scan count as heads.
-_LAYOUT = dict.fromkeys(("q", "k", "v", "a", "b", "beta", "log_decay", "log_forget", "x"), _TOKENS) | {
-    "initial_state": ("batch", "heads"),
+_PER_TOKEN = ("q", "k", "v", "a", "b", "beta", "log_decay", "log_forget", "input_gate", "forget_gate", "x")
+_LAYOUT = dict.fromkeys(_PER_TOKEN, _TOKENS) | {
+    "initial_state": ("batch", "heads"),  # each array of it
     "segment_ids": ("batch",),
     "sinks": ("heads",),
 }
@@ -68,7 +69,7 @@ def split(op, function):
         return function
 
     def run(**arguments):
-        arrays = {name: x for name, x in arguments.items() if hasattr(x, "shape")}
+        arrays = {name: x for name, x in arguments.items() if hasattr(x, "shape") or isinstance(x, tuple)}
         options = {name: x for name, x in arguments.items() if name not in arrays}
         names = _divisible(axes, arrays)
         specs = {name: _spec(name, x, names) for name, x in arrays.items()}

@@ -90,18 +90,17 @@ def entering_states(y, z, c, total, init, *, pieces, reverse, interpret):
 
 
 def states_by_gradients(f, final, unscaled, scale, t_size):
-    """<S, dS> [B, H, M] after each span of saved chunks: from `decay_pass_pair`, and after T where T cuts a span short.
+    """<S, dS> [B, H, M] after each span of saved chunks, the last of which may be cut short by T.
 
-    Args: f [B, H, M, K] from the kernel; final [B, H, K, V] and unscaled, its cotangent over `scale`, or None.
+    Args: f [B, H, M, K] from `decay_pass_pair`; final [B, H, K, V] and unscaled, its cotangent over `scale`, or None.
     """
-    whole, rest = divmod(t_size, SAVE_EVERY * CHUNK)
-    inner = scale * jnp.sum(f, axis=-1)[..., :whole]
-    if not rest:
-        return inner
+    spans = -(-t_size // (SAVE_EVERY * CHUNK))
     at_end = jnp.zeros(final.shape[:2], jnp.float32)
-    if unscaled is not None:  # rounded as in the products that made dk, whose row sums it must cancel
-        at_end = scale * jnp.sum(final * unscaled.astype(jnp.bfloat16), axis=(-1, -2))
-    return jnp.concatenate([inner, at_end[..., None]], axis=-1)
+    # No decay makes this one small, and the row sums of dk must cancel it where the gates' gradient is small: so dS is
+    # rounded as in the products that made dk, and S is not.
+    if unscaled is not None:
+        at_end = jnp.sum(final * unscaled.astype(jnp.bfloat16), axis=(-1, -2))
+    return scale * jnp.concatenate([jnp.sum(f, axis=-1)[..., :spans - 1], at_end[..., None]], axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
