@@ -101,7 +101,7 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     options = dict(split=value_programs(v), interpret=interpret)
     walk = dplr_forward(weights, v, init, keep, output=False, **options)
     back = dplr_reverse(weights, do, dfinal, keep, **options)
-    grads = chunk_gradients(q, k, a, b, v, walk["u"], do, back["dz"], log_decay, walk["entering"], back["entering"],
+    grads = chunk_gradients(q, k, a, b, v, walk["u"], do, back["de"], log_decay, walk["entering"], back["entering"],
                             keep, flags, scale=scale, interpret=interpret)
     dsegments = jax.tree.map(jnp.zeros_like, segments)
     return (grads["dq"], grads["dk"], back["dv"], grads["da"], grads["db"], grads["dg"],

@@ -3,13 +3,12 @@
 One head and one chunk of 64 tokens, c the inclusive and e the exclusive sum of its log decays, S the entering state:
     q' = q e^c,   a' = a e^e,   k' = k e^-c,   b' = b e^-c
     A_qk = lower(q' k'^T), A_qb likewise;   A_ak = strictly lower(a' k'^T), A_ab likewise;   T = (I - A_ab)^-1
-    U = W S + P V,            W = T a',                   P = T A_ak
-    O = X S + A V,            X = scale (q' + A_qb W),    A = scale (A_qk + A_qb P)
-    S <- e^c_63 (S + k'^T V + b'^T U)
-`chunk_weights` makes X, W, k', b', A and P of all chunks in parallel, `dplr_forward` walks. With R the gradient of the
-leaving state times e^c_63 and N = scale A_qb T, `dplr_reverse` walks back:
-    G = b' R,   dV = A^T dO + k' R + P^T G,   dZ = N^T dO + T^T G,   dS = R + X^T dO + W^T G
-where dZ = T^T dU is the gradient of a' S + A_ak V. `chunk_gradients` makes the rest of all chunks in parallel.
+    E = a' S + A_ak V,   U = T E,   O = scale (q' S + A_qk V + A_qb U),   S <- e^c_63 (S + k'^T V + b'^T U)
+U alternates in sign where keys look alike, so N = scale A_qb T and Y = T^T b' are what gets rounded. `chunk_weights`
+makes x = scale q', a', k', Y, A_ak, scale A_qk and N of all chunks in parallel, `dplr_forward` walks. With R the
+gradient of the leaving state times e^c_63, `dplr_reverse` walks back:
+    dE = N^T dO + Y R,   dV = scale A_qk^T dO + A_ak^T dE + k' R,   dS = R + x^T dO + a'^T dE
+`chunk_gradients` makes the rest of all chunks in parallel.
 
 The decays of a chunk add up to at least 64 MIN_LOG_DECAY = -80, so that e^-c stays finite and one product makes all
 scores: the anchor of every exponent is the first token of the chunk, and no row sees later decays.
@@ -50,6 +49,10 @@ def load_decays(ref):
 
 def turned(tiles):
     return tuple(ref.transpose(T_CONTRACT) for ref in tiles)
+
+
+def zeros():
+    return plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), WGMMA)
 
 
 def iotas():
@@ -99,18 +102,19 @@ def chunk_weights(q, k, a, b, g, segments=None, *, scale, gradient, interpret=No
 
     Args: q, k, a, b [B, T, H, K] bf16, g [B, T, H, K] natural log decays; T a multiple of 64, K 64 or 128. segments:
       [B, N, 4, 64] float32 or None, see `Segments`. gradient: also make what only the backward pass needs.
-    Returns: dict with x, w, y = k', e = b' [B, T, H, K], a, p [B, H, N, 64, 64] in bf16, total [B, H, N, K] float32 =
-      log2 decay of each chunk, and with `gradient` inverse = T and n = N. Where segments start, x, w, y and e are zero
-      for tokens that do not reach the states at the ends of the chunk.
+    Returns: dict with x, a, k, y [B, T, H, K], qk, ak, n [B, H, N, 64, 64] in bf16, total [B, H, N, K] float32 = log2
+      decay of each chunk, and with `gradient` t = T. Where segments start, x, a, k and y are zero for tokens that do
+      not reach the states at the ends of the chunk.
     """
     b_size, t_size, heads, k_size = q.shape
     chunks, n, dtype = t_size // CHUNK, k_size // BLOCK, q.dtype
     operands = present(q=q, k=k, a=a, b=b, g=g, segments=segments)
     keys, square = jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((b_size, heads, chunks, *SQUARE), dtype)
-    outs = dict.fromkeys("xwye", keys) | dict.fromkeys(("out_a", "p", *(("inverse", "n") if gradient else ())), square)
+    outs = {f"{name}_out": keys for name in "qaky"}
+    outs |= dict.fromkeys(("qk", "ak", "n", *(("t",) if gradient else ())), square)
     outs["total"] = jax.ShapeDtypeStruct((b_size, heads, chunks, k_size), jnp.float32)
     scratch = {name: [tile(SQUARE, dtype)] * n for name in "qkab"}
-    scratch |= {name: tile(SQUARE, dtype) for name in ("ones", "right", "inverse", "n")}
+    scratch |= {name: tile(SQUARE, dtype) for name in ("qk", "ak", "n", "t")}
     scratch["half"] = tile(SQUARE, jnp.float16)
 
     def body(*refs):
@@ -125,13 +129,13 @@ def chunk_weights(q, k, a, b, g, segments=None, *, scale, gradient, interpret=No
                 source = gmem[name].at[batch, here, head, pl.ds(i * BLOCK, BLOCK)]
                 plgpu.copy_gmem_to_smem(source, smem[name][i], loaded)
         row, col = iotas()
-        ones, right = smem["ones"], smem["right"]
+        ones = smem["t"]
         ones[...] = jnp.where(row >= col, 1.0, 0.0).astype(dtype)
         for i in range(n):
             mine = pl.ds(i * BLOCK, BLOCK)
             decays = load_decays(gmem["g"].at[batch, here, head, mine])
             gmem["total"].at[batch, head, chunk, mine][...] = jnp.sum(decays, axis=0) * LOG2E
-            c = cumulative(decays, ones, right, exact=g.dtype == dtype, interpret=interpret)
+            c = cumulative(decays, ones, smem["n"], exact=g.dtype == dtype, interpret=interpret)
             if i == 0:
                 plgpu.barrier_wait(loaded)
             for name, exponent in (("q", c), ("a", c - decays * LOG2E), ("k", -c), ("b", -c)):
@@ -141,40 +145,32 @@ def chunk_weights(q, k, a, b, g, segments=None, *, scale, gradient, interpret=No
         tiles = {name: tuple(smem[name]) for name in "qkab"}
         ab, = products((tiles["a"], turned(tiles["b"])))
         lower, strict = seg.masked(row >= col), seg.masked(row > col)
-        inverse = smem["inverse"]
-        inverse[...] = unit_lower_inverse(jnp.where(strict, -ab, 0.0), smem["half"], interpret=interpret).astype(dtype)
-        ak, = products((tiles["a"], turned(tiles["k"])))
-        right[...] = jnp.where(strict, ak, 0.0).astype(dtype)
+        t = smem["t"]
+        inverse = unit_lower_inverse(jnp.where(strict, -ab, 0.0), smem["half"], interpret=interpret)
+        t[...] = inverse.astype(dtype)
+        qb, qk, ak = products(*((tiles[x], turned(tiles[y])) for x, y in ("qb", "qk", "ak")))
+        smem["qk"][...] = (jnp.where(lower, qk, 0.0) * scale).astype(dtype)
+        smem["ak"][...] = jnp.where(strict, ak, 0.0).astype(dtype)
         plgpu.commit_smem()
-        qb, qk = products((tiles["q"], turned(tiles["b"])), (tiles["q"], turned(tiles["k"])))
-        qb, qk = jnp.where(lower, qb, 0.0).astype(dtype), jnp.where(lower, qk, 0.0)
+        n_square, = add_products((zeros(), jnp.where(lower, qb * scale, 0.0).astype(dtype), t), interpret=interpret)
+        smem["n"][...] = n_square.astype(dtype)
+        y = products(*((t.transpose(T_CONTRACT), ref) for ref in tiles["b"]))
+        for ref, value in zip(tiles["b"], y, strict=True):
+            ref[...] = seg.leaving(value).astype(dtype)
+        for ref in tiles["q"]:
+            ref[...] = (seg.entering(load(ref)) * scale).astype(dtype)
         if segments is not None:
-            for name, mask in (("q", seg.entering), ("a", seg.entering), ("k", seg.leaving), ("b", seg.leaving)):
-                for ref in tiles[name]:
-                    ref[...] = mask(load(ref)).astype(dtype)
-            plgpu.commit_smem()
-        p, = products((inverse, right))
-        w = products(*((inverse, ref) for ref in tiles["a"]))
-        ones[...] = p.astype(dtype)
-        for ref, value in zip(tiles["a"], w, strict=True):
-            ref[...] = value.astype(dtype)
+            for ref in tiles["a"]:
+                ref[...] = seg.entering(load(ref)).astype(dtype)
+            for ref in tiles["k"]:
+                ref[...] = seg.leaving(load(ref)).astype(dtype)
         plgpu.commit_smem()
-        for ref, value in zip(tiles["q"], tiles["a"], strict=True):
-            x, = add_products((load(ref), qb, value), interpret=interpret)
-            ref[...] = (x * scale).astype(dtype)
-        out_a, = add_products((qk, qb, ones), interpret=interpret)
-        right[...] = (out_a * scale).astype(dtype)
-        if gradient:
-            zero = plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), WGMMA)
-            product, = add_products((zero, qb, inverse), interpret=interpret)
-            smem["n"][...] = (product * scale).astype(dtype)
-        plgpu.commit_smem()
-        for name, out in zip("qakb", "xwye", strict=True):
+        for name, out in zip("qakb", "qaky", strict=True):
             for i in range(n):
                 mine = pl.ds(i * BLOCK, BLOCK)
-                plgpu.copy_smem_to_gmem(smem[name][i], gmem[out].at[batch, here, head, mine])
-        for ref, out in ((right, "out_a"), (ones, "p"), (inverse, "inverse"), (smem["n"], "n"))[: 4 if gradient else 2]:
-            plgpu.copy_smem_to_gmem(ref, gmem[out].at[batch, head, chunk])
+                plgpu.copy_smem_to_gmem(smem[name][i], gmem[f"{out}_out"].at[batch, here, head, mine])
+        for name in ("qk", "ak", "n", *(("t",) if gradient else ())):
+            plgpu.copy_smem_to_gmem(smem[name], gmem[name].at[batch, head, chunk])
         plgpu.wait_smem_to_gmem(0)
 
     got = plgpu.kernel(
@@ -182,8 +178,7 @@ def chunk_weights(q, k, a, b, g, segments=None, *, scale, gradient, interpret=No
         grid=(heads, chunks, b_size), grid_names=("head", "chunk", "batch"), interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
     )(*operands.values())
-    made = dict(zip(outs, got, strict=True))
-    return made | {"a": made.pop("out_a")}
+    return {name.removesuffix("_out"): array for name, array in zip(outs, got, strict=True)}
 
 
 def dplr_forward(weights, v, init, keep, *, output, split, interpret=None):
@@ -193,44 +188,43 @@ def dplr_forward(weights, v, init, keep, *, output, split, interpret=None):
       keep: float32 [B, N], 0 where a segment starts in the chunk, or None. split: programs per head.
     Returns: as `kda_pass.kda_forward`.
     """
-    keys = {name: weights[name] for name in ("w", "y", "e", *("x" if output else ()))}
-    squares = {name: weights[name] for name in ("p", *("a" if output else ()))}
+    keys = {name: weights[name] for name in ("a", "k", "y", *("q" if output else ()))}
+    squares = {name: weights[name] for name in ("ak", *(("qk", "n") if output else ("t",)))}
     arrays = present(total=weights["total"], z=v, init=init, keep=keep)
 
     def chunk(walk):
         smem, s16, own, z = walk.smem, walk.state16, walk.own, walk.smem("z")
-        u = ((smem("w"), smem("p")), (s16, z))
+        e = ((smem("a"), smem("ak")), (s16, z))
         if output:
-            u, o = products(u, ((smem("x"), smem("a")), (s16, z)))
+            e, result = products(e, ((smem("q"), smem("qk")), (s16, z)))
         else:
-            u, = products(u)
+            e, = products(e)
+            result = plgpu.layout_cast(jnp.zeros_like(e), WGMMA)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk wrote has left shared memory
-        own[...] = u.astype(own.dtype)
+        own[...] = e.astype(own.dtype)
         plgpu.commit_smem()
         if output:
             walk.wait_late()
-        else:
-            walk.store("u", own)
-        state, = add_products((walk.state, turned((smem("y"), smem("e"))), (z, own)), interpret=interpret)
-        if output:
-            own[...] = o.astype(own.dtype)
-            plgpu.commit_smem()
-            walk.store("o", own)
+        state, result = add_products((walk.state, turned((smem("k"), smem("y"))), (z, own)),
+                                     (result, smem("n" if output else "t"), own), interpret=interpret)
+        own[...] = result.astype(own.dtype)
+        plgpu.commit_smem()
+        walk.store("o" if output else "u", own)
         return walk.decayed(state)
 
     return walk_chunks(chunk, keys, squares, arrays, ("o",) if output else ("u", "entering"), reverse=False,
-                       split=split, late=("y", "e") if output else (), interpret=interpret)
+                       split=split, late=("k", "y") if output else (), interpret=interpret)
 
 
 def dplr_reverse(weights, do, dfinal, keep, *, split, interpret=None):
-    """dV and dZ, in a walk from the end of the sequence with R in registers.
+    """dV and dE, in a walk from the end of the sequence with R in registers.
 
     Args: as `dplr_forward`; do [B, T, H, V]; dfinal float32 [B, H, K, V] or None.
-    Returns: dict with dv, dz [B, T, H, V], entering [B, H, N, K, V] bf16 = R of every chunk, and state [B, H, K, V],
+    Returns: dict with dv, de [B, T, H, V], entering [B, H, N, K, V] bf16 = R of every chunk, and state [B, H, K, V],
       the gradient of the initial state.
     """
-    keys = {name: weights[name] for name in ("w", "x", "y", "e")}
-    squares = {name: weights[name] for name in ("a", "inverse", "p", "n")}
+    keys = {name: weights[name] for name in "qaky"}
+    squares = {name: weights[name] for name in ("qk", "ak", "n")}
     total = weights["total"]
     if dfinal is not None:
         dfinal = dfinal * jnp.exp2(total[:, :, -1])[..., None]
@@ -239,47 +233,47 @@ def dplr_reverse(weights, do, dfinal, keep, *, split, interpret=None):
 
     def chunk(walk):
         smem, r16, own, z = walk.smem, walk.state16, walk.own, walk.smem("z")
-        g, = products((smem("e"), r16))
+        de, = products(((smem("n").transpose(T_CONTRACT), smem("y")), (z, r16)))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        own[...] = g.astype(own.dtype)
+        own[...] = de.astype(own.dtype)
         plgpu.commit_smem()
+        walk.store("de", own)
+        dv, = products(((*turned((smem("qk"), smem("ak"))), smem("k")), (z, own, r16)))
         walk.wait_late()
-        dv, dz = products(((*turned((smem("a"), smem("p"))), smem("y")), (z, own, r16)),
-                          (turned((smem("n"), smem("inverse"))), (z, own)))
-        state, = add_products((walk.state, turned((smem("x"), smem("w"))), (z, own)), interpret=interpret)
+        state, = add_products((walk.state, turned((smem("q"), smem("a"))), (z, own)), interpret=interpret)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         own[...] = dv.astype(own.dtype)
         plgpu.commit_smem()
         walk.store("dv", own)
-        walk.destinations["dz"][...] = dz.astype(own.dtype)
         return walk.decayed(state)
 
-    return walk_chunks(chunk, keys, squares, arrays, ("dv", "dz", "entering"), reverse=True, split=split,
-                       late=("x", "w", "inverse", "n"), interpret=interpret)
+    return walk_chunks(chunk, keys, squares, arrays, ("dv", "de", "entering"), reverse=True, split=split,
+                       late=("q", "a"), interpret=interpret)
 
 
-def chunk_gradients(q, k, a, b, v, u, do, dz, g, entering, leaving, keep=None, segments=None, *, scale, interpret=None):
+def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, segments=None, *, scale, interpret=None):
     """Gradients of q, k, a, b and of the log decays, all chunks in parallel.
 
-    With S the state entering the chunk, R, U and dZ from the walks, L and L- the lower triangle with and without its
+    With S the state entering the chunk, R, U and dE from the walks, L and L- the lower triangle with and without its
     diagonal:
-      dq' = scale dO S^T + L(scale dO V^T) k' + L(scale dO U^T) b',   da' = dZ S^T + L-(dZ V^T) k' + L-(dZ U^T) b'
-      dk' = V R^T + L(scale dO V^T)^T q' + L-(dZ V^T)^T a',           db' with U for V
+      dq' = scale dO S^T + L(scale dO V^T) k' + L(scale dO U^T) b',   da' = dE S^T + L-(dE V^T) k' + L-(dE U^T) b'
+      dk' = V R^T + L(scale dO V^T)^T q' + L-(dE V^T)^T a',           db' with U for V
       dg_t = sum_{i >= t} (q' dq' - k' [dk' - V R^T] - b' [db' - U R^T])_i + sum_{i > t} (a' da')_i
              + sum_{j < t} (k' V R^T + b' U R^T)_j + rowsum(S * R)
     A pair of tokens on one side of t enters twice with opposite signs and the same rounding: only true terms stay.
     A program makes 64 channels of one chunk.
 
-    Args: as `chunk_weights` and the walks; u, do, dz [B, T, H, V]; entering, leaving [B, H, N, K, V] bf16.
+    Args: as `chunk_weights` and the walks; u, do, de [B, T, H, V]; entering, leaving [B, H, N, K, V] bf16.
     Returns: dict with dq, dk, da, db, dg [B, T, H, K], dg in the dtype of g.
     """
     b_size, t_size, heads, k_size = q.shape
     v_size, dtype = v.shape[-1], q.dtype
     chunks, n, n_v = t_size // CHUNK, k_size // BLOCK, v_size // BLOCK
-    operands = present(q=q, k=k, a=a, b=b, v=v, u=u, do=do, dz=dz, g=g, entering=entering, leaving=leaving, keep=keep,
+    operands = present(q=q, k=k, a=a, b=b, v=v, u=u, do=do, de=de, g=g, entering=entering, leaving=leaving, keep=keep,
                        segments=segments)
     outs = {name: jax.ShapeDtypeStruct(q.shape, dtype) for name in ("dq", "dk", "da", "db")}
     outs["dg"] = jax.ShapeDtypeStruct(g.shape, g.dtype)
-    values = ("v", "u", "do", "dz")
+    values = ("v", "u", "do", "de")
     scratch = {name: [tile(SQUARE, dtype)] * n_v for name in (*values, "entering")}
     # R is spent before k and b are needed: with its tiles shared, two programs fit on a processor.
     scratch |= {"leaving": [tile(SQUARE, dtype)] * 2, "q": tile(SQUARE, dtype), "a": tile(SQUARE, dtype),
@@ -331,16 +325,15 @@ def chunk_gradients(q, k, a, b, v, u, do, dz, g, entering, leaving, keep=None, s
             return jnp.where(seg.masked(keep), score * factor, 0.0).astype(dtype)
 
         def within(first, second, x, y):
-            zero = plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), WGMMA)
-            return add_products((zero, (first, second), (x, y)), interpret=interpret)[0]
+            return add_products((zeros(), (first, second), (x, y)), interpret=interpret)[0]
 
         def weigh(ref):
             weighted = (load(ref) * jnp.exp2(-c)).astype(dtype)
             ref[...] = weighted
             return weighted.astype(jnp.float32)
 
-        dk = within(scores("v", "do", row <= col, scale), scores("v", "dz", row < col, 1.0), q_tile, a_tile)
-        db = within(scores("u", "do", row <= col, scale), scores("u", "dz", row < col, 1.0), q_tile, a_tile)
+        dk = within(scores("v", "do", row <= col, scale), scores("v", "de", row < col, 1.0), q_tile, a_tile)
+        db = within(scores("u", "do", row <= col, scale), scores("u", "de", row < col, 1.0), q_tile, a_tile)
         plgpu.barrier_wait(writes_loaded)
         k_own, b_own = weigh(k_tile), weigh(b_tile)
         plgpu.commit_smem()
@@ -357,7 +350,7 @@ def chunk_gradients(q, k, a, b, v, u, do, dz, g, entering, leaving, keep=None, s
         dq = read("do", scale, row >= col)
         reach = reach + load(q_tile) * dq
         q_tile[...] = (dq * jnp.exp2(c)).astype(dtype)
-        da = read("dz", 1.0, row > col)
+        da = read("de", 1.0, row > col)
         erased = load(a_tile) * da
         a_tile[...] = (da * jnp.exp2(before)).astype(dtype)
         k_tile[...], b_tile[...] = dk, db
