@@ -89,17 +89,22 @@ def entering_states(y, z, c, total, init, *, pieces, reverse, interpret):
     return piece_states(local, total, init, pieces, reverse)
 
 
-def states_by_gradients(f, final, unscaled, scale, t_size):
+def states_by_gradients(f, k, v, decays, final, unscaled, scale):
     """<S, dS> [B, H, M] after each span of saved chunks, the last of which may be cut short by T.
 
-    Args: f [B, H, M, K] from `decay_pass_pair`; final [B, H, K, V] and unscaled, its cotangent over `scale`, or None.
+    Args: f [B, H, M, K] from `decay_pass_pair`; k [B, T, H, K], v [B, T, H, V] and decays [B, H, N, 64], the log2 decay
+      of each token up to the end of its chunk; final [B, H, K, V] and unscaled, its cotangent over `scale`, or None.
     """
-    spans = -(-t_size // (SAVE_EVERY * CHUNK))
+    spans = -(-k.shape[1] // (SAVE_EVERY * CHUNK))
     at_end = jnp.zeros(final.shape[:2], jnp.float32)
     # No decay makes this one small, and the row sums of dk must cancel it where the gates' gradient is small: so dS is
-    # rounded as in the products that made dk, and S is not.
+    # rounded as in the products that made dk, and S is not; what the last chunk's values lost in products is added.
     if unscaled is not None:
-        at_end = jnp.sum(final * unscaled.astype(jnp.bfloat16), axis=(-1, -2))
+        ds = unscaled.astype(jnp.bfloat16).astype(jnp.float32)
+        z = v[:, -CHUNK:] * jnp.exp2(decays[:, :, -1]).swapaxes(1, 2)[..., None]
+        lost = z - jax.lax.reduce_precision(z, exponent_bits=8, mantissa_bits=7)
+        at_end = jnp.sum(final * ds, axis=(-1, -2)) + jnp.einsum(
+            "bjhk,bhkv,bjhv->bh", k[:, -CHUNK:].astype(jnp.float32), ds, lost, precision="highest")
     return scale * jnp.concatenate([jnp.sum(f, axis=-1)[..., :spans - 1], at_end[..., None]], axis=-1)
 
 
@@ -146,7 +151,7 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     ddecay = None
     if saved is not None:
         rows = jnp.sum(dq["r"], axis=2) - dkv["r"]
-        inner = states_by_gradients(dkv["f"], final, unscaled, scale, q.shape[1])
+        inner = states_by_gradients(dkv["f"], k, v, c, final, unscaled, scale)
         ddecay = gate_gradient(rows, inner, SAVE_EVERY)
     return dq["o"], dkv["dk"], dkv["dv"], ddecay, None if has_init is None else dkv["state"][:, :, 0] * scale
 

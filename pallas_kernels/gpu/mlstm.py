@@ -149,7 +149,7 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
                           pieces=pieces, save_every=scalar.SAVE_EVERY, interpret=interpret)
 
     rows = jnp.sum(dq["r"], axis=2) - dkv["r"]
-    inner = scalar.states_by_gradients(dkv["f"], final, unscaled, scale, t_size)
+    inner = scalar.states_by_gradients(dkv["f"], k, v, c, final, unscaled, scale)
     ends = jnp.minimum(scalar.SAVE_EVERY * (1 + jnp.arange(inner.shape[-1])), total.shape[-1])
     inner = inner - scale * jnp.sum(sums[:, :, ends] * behind[:, :, ends], axis=-1)
     ddecay = by_chunk(gate_gradient(rows, inner, scalar.SAVE_EVERY))
