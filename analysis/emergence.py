@@ -15,6 +15,7 @@ from analysis.result import Options, interval
 
 LAWS = ("massive_activations", "first_order_step", "second_order_step")
 RAW = ("A", "lambda", "gamma", "t0", "K")  # the paper's parameters, degenerate in data
+CHECKPOINTS = 27  # fewest that determine a curve
 DETERMINED = ("beta", "t_peak", "f_peak", "f_end", "K")
 
 

@@ -22,7 +22,7 @@ from analysis.load import DataError, load_curves
 
 FACTS = (
     "run_id", "size", "intervention", "seed", "status", "n_layers", "d_model", "n_heads", "d_ff", "params",
-    "tokens_per_step", "steps_total", "final_loss", "step_seconds", "device", "data",
+    "lr", "tokens_per_step", "steps_total", "final_loss", "wall_seconds", "device", "data",
 )  # fmt: skip
 
 
@@ -67,26 +67,28 @@ def _of_store(store: Path) -> list[dict]:
     for directory in sorted(path.parent for path in store.glob("*/run.json")):
         run, config = (json.loads((directory / name).read_text()) for name in ("run.json", "config.json"))
         probes = load_curves(directory, "probe")
-        if probes.empty or "tokens" not in probes:
-            continue
-        model, axes = config["model"], run.get("sweep") or {}
-        mixer, ffn = (model[kind][name] for kind, name in zip(("mixers", "ffns"), _first_block(model), strict=True))
-        d_model = model["d_model"]
-        heads = mixer.get("n_heads") or (d_model // mixer["head_dim"] if mixer.get("head_dim") else 4)
-        steps = probes.pop("step").tolist()
-        values = probes.drop(columns=["run_id", "kind", "tokens", "flops", "nonfinite"], errors="ignore")
-        lines.append({
-            "run_id": run["run_id"], "size": str(axes.get("size", "")),
-            "intervention": str(axes.get("intervention", run.get("name") or "baseline")), "seed": run["seed"],
-            "status": run["status"], "n_layers": model["n_layers"], "d_model": d_model, "n_heads": heads,
-            "d_ff": ffn.get("d_ff") or round((ffn.get("expansion") or 8 / 3) * d_model / 8) * 8,
-            "params": run["params"]["non_embedding"], "tokens_per_step": int(probes["tokens"].iloc[-1] / steps[-1]),
-            "steps_total": run["steps_total"], "final_loss": run["final_loss"],
-            "step_seconds": run.get("mean_step_seconds"), "device": run["hardware"]["device_kind"],
-            "data": run["data"].get("name"), "steps": steps,
-            "probes": {name: [_rounded(row) for row in values[name]] for name in values},
-        })  # fmt: skip
+        if not probes.empty:
+            lines.append(_line(run, config, probes))
     return lines
+
+
+def _line(run: dict, config: dict, probes: pd.DataFrame) -> dict:
+    model, train, axes = config["model"], config["train"], run.get("sweep") or {}
+    mixer, ffn = (model[kind][name] for kind, name in zip(("mixers", "ffns"), _first_block(model), strict=True))
+    width = model["d_model"]
+    values = probes.drop(columns=["run_id", "kind", "step", "tokens", "flops", "nonfinite"], errors="ignore")
+    return {
+        "run_id": run["run_id"], "size": str(axes.get("size", "")),
+        "intervention": str(axes.get("intervention", run.get("name") or "baseline")), "seed": run["seed"],
+        "status": run["status"], "n_layers": model["n_layers"], "d_model": width,
+        "n_heads": mixer.get("n_heads") or (width // mixer["head_dim"] if mixer.get("head_dim") else 4),
+        "d_ff": ffn.get("d_ff") or round((ffn.get("expansion") or 8 / 3) * width / 8) * 8,
+        "params": run["params"]["non_embedding"], "lr": config["optim"]["lr"],
+        "tokens_per_step": train["batch_size"] * train["seq_len"], "steps_total": run["steps_total"],
+        "final_loss": run["final_loss"], "wall_seconds": run.get("wall_seconds"),
+        "device": run["hardware"]["device_kind"], "data": run["data"].get("name"), "steps": probes["step"].tolist(),
+        "probes": {name: [_rounded(row) for row in values[name]] for name in values},
+    }  # fmt: skip
 
 
 def _first_block(model: dict) -> tuple[str, str]:
@@ -142,7 +144,10 @@ def until(probed: Probed, step: int) -> Probed:
 
 
 def fit_all(probed: Probed, *, where: str | None = None, draws: int = 200, level: float = 0.9) -> pd.DataFrame:
-    """`emergence.fit_curve` of every layer of every run that the query `where` over FACTS selects, a row for each."""
+    """`emergence.fit_curve` of every layer of every run that the query `where` over FACTS selects, a row for each.
+
+    Curves with fewer than `emergence.CHECKPOINTS` are left out.
+    """
     from tqdm import tqdm
 
     runs = probed.runs.query(where) if where else probed.runs
@@ -150,6 +155,8 @@ def fit_all(probed: Probed, *, where: str | None = None, draws: int = 200, level
     facts = runs.set_index("run_id")[["size", "intervention", "seed", "n_layers", "d_model", "n_heads", "d_ff"]]
     out = []
     for (run_id, layer), rows in tqdm(curves, desc="curves", disable=None, leave=False):
+        if len(rows) < emergence.CHECKPOINTS:
+            continue
         found = emergence.fit_curve(rows["step"], rows["residual_ratio"], draws=draws, level=level)
         out.append({"run_id": run_id, **facts.loc[run_id].to_dict(), "layer": int(layer), **found})
     return pd.DataFrame(out)
@@ -168,9 +175,10 @@ def summary(probed: Probed) -> pd.DataFrame:
 
     loss is that of the validation split, where this step ends the runs.
     ratio, max and massive are of the layer with most (ratio_lo and ratio_hi the smallest and largest seed); ratio_peak
-    is the largest ratio at any step; sink, sink_heads and entropy are means over layers; at_first is the share of rows
-    whose largest entry stands at the first token, in `layer` (from 0), that of the largest ratio; variance is of the
-    last layer; similarity and kurtosis are means over the later half of the layers.
+    is the largest ratio at any step; sink_top is of the head with most in any layer, sink, sink_heads and entropy are
+    means over layers; at_first is the share of rows whose largest entry stands at the first token, in `layer` (from 0),
+    that of the largest ratio; variance is of the last layer; similarity and kurtosis are means over the later half of
+    the layers.
     """
     rows, out = labelled(probed), []
     for (size, name), group in rows.groupby(["size", "intervention"], sort=False):
@@ -192,7 +200,7 @@ def _at_end(run: pd.DataFrame, last: int) -> dict:
     return {
         "ratio": top["residual_ratio"], "ratio_peak": run["residual_ratio"].max(), "max": end["residual_max"].max(),
         "massive": end["residual_massive"].max(), "at_first": top["residual_at_first"], "layer": top["layer"],
-        "sink": end["sink_mass"].mean(), "sink_heads": end["sink_heads"].mean(),
+        "sink": end["sink_mass"].mean(), "sink_top": end["sink_top"].max(), "sink_heads": end["sink_heads"].mean(),
         "entropy": end["attention_entropy"].mean(), "variance": end["residual_variance"].iloc[-1],
         "similarity": late["layer_similarity"].mean(), "kurtosis": late["residual_kurtosis"].mean(),
     }  # fmt: skip

@@ -6,7 +6,7 @@
 
 Every cell carries the probes of configs/interventions.py, and every row of text begins with the same token, on which
 attention sinks and massive activations are reported to gather (2410.10781, 2410.13835). Axes: size, intervention, seed;
-the interventions include changes of the training rather than of the model (TRAINING).
+the interventions include what is said to make or unmake both (CAUSES).
 
 :cpu  two CPU cores: 4 layers x 32, 6 x 48 and 8 x 64, 400 steps of 8 x 128 bytes; interventions at 6 x 48
 :gpu  one GPU: 6 layers x 128, 8 x 256 and 12 x 384, 10000 steps of 16 x 256 tokens of prepared data (bytes);
@@ -26,11 +26,13 @@ SIZES = {"cpu": CPU, "gpu": GPU, "lr": {"middle": GPU["middle"]}}
 LENGTHS = {"cpu": 128, "gpu": 256, "lr": 256}
 LR = 0.5  # times 1 / width
 SEEDS = (0, 1)
-# What makes massive activations and sinks, if not the model.
-TRAINING = {
+# The first token, effective optimisation and weight decay (2410.10781), wide heads (2603.05498). `lr` and `heads` are
+# factors on those of the size.
+CAUSES = {
     "no_bos": {"data.pack": "stream"},
-    "double_lr": {"lr": 2.0},  # in units of LR / width
+    "double_lr": {"lr": 2},
     "no_decay": {"optim.weight_decay": 0.0},
+    "narrow_heads": {"heads": 4},
 }
 RATES = {"baseline": (1, 2), "sandwich": (0.5, 1, 2), "sigma_reparam": (1, 2, 4)}  # of :lr, times LR
 
@@ -53,7 +55,7 @@ def get_config(preset="cpu"):
 
 def get_sweep(preset="cpu"):
     check(preset)
-    named = {name: dict(settings) for name, settings in (INTERVENTIONS | TRAINING).items()}
+    named = {name: dict(settings) for name, settings in (INTERVENTIONS | CAUSES).items()}
     named["clipped_softmax"][ATTENTION + "weights_length"] = LENGTHS[preset]
     sizes = SIZES[preset]
     if preset == "lr":
@@ -65,10 +67,10 @@ def get_sweep(preset="cpu"):
 
 
 def cell(size: str, shape: tuple, intervention: str, settings: dict, seed: int) -> Cell:
-    """Heads of 32 channels (16 in narrow models); the learning rate falls with the width."""
-    layers, width = shape
-    heads, settings = width // (32 if width >= 128 else 16), dict(settings)
-    rate = LR / width * settings.pop("lr", 1.0)
+    """Heads of 64 channels (16 in narrow models); the learning rate falls with the width."""
+    (layers, width), settings = shape, dict(settings)
+    heads = width // (64 if width >= 128 else 16) * settings.pop("heads", 1)
+    rate = LR / width * settings.pop("lr", 1)
     values = {"model.n_layers": layers, "model.d_model": width, ATTENTION + "n_heads": heads, "optim.lr": rate}
     axes = {"size": size, "intervention": intervention, "n_layers": layers, "d_model": width, "seed": seed}
     return Cell(values | settings | {"seed": seed}, axes)

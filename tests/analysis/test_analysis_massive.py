@@ -27,7 +27,7 @@ def write_run(store, name, intervention, seed, scale):
     """Two layers: the first peaks, the second rises; sink columns are missing in the second."""
     folder = store / name
     folder.mkdir(parents=True)
-    config = {"model": {
+    config = {"optim": {"lr": 1e-3}, "train": {"batch_size": 8, "seq_len": 128}, "model": {
         "n_layers": 2, "d_model": 48, "prefix": [], "pattern": ["attention", "gla/dense"],
         "mixers": {"attention": {"n_heads": 3}, "gla": {}}, "ffns": {"dense": {"d_ff": 0, "expansion": 0.0}},
     }}  # fmt: skip
@@ -109,7 +109,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("preset", ["cpu", "gpu"])
 def test_sweep(preset):
     cells = get_sweep(preset)
-    assert len(cells) == 26 and {cell.axes["seed"] for cell in cells} == {0, 1}
+    assert len(cells) == 28 and {cell.axes["seed"] for cell in cells} == {0, 1}
     assert sum(cell.axes["intervention"] == "baseline" for cell in cells) == 6
     assert {cell.axes["size"] for cell in cells if cell.axes["intervention"] != "baseline"} == {"middle"}
     values = get_config(preset).to_dict()
