@@ -47,14 +47,17 @@ def from_paper(q):
 
 
 def derived(p):
-    """The peak, where 1/x = lambda ln x: x_p = exp(W(1/lambda)); and the paper's parameters."""
-    from scipy.special import lambertw  # slow import
+    """The peak, where 1/x = lambda ln x, and the paper's parameters.
 
-    q = to_paper(p)
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        x = np.exp(lambertw(1 / q["lambda"]).real)
-        t = (x - q["t0"]) / q["gamma"]
+    With u = ln x at the peak this is u + ln u = A2 / A1 - ln beta, which has an answer even where gamma overflows.
+    """
+    from scipy.special import wrightomega  # slow import
+
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # a peak at infinity has no value
+        u = wrightomega(p["A2"] / p["A1"] - np.log(p["beta"]))
+        t = 1 / (p["beta"] * u) - p["tau0"]
         peak = predict(p, {"t": t})
+    q = to_paper(p)
     del q["K"]
     return {"t_peak": t, "f_peak": peak, **q}
 

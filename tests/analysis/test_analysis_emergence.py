@@ -29,6 +29,16 @@ def test_a_peak_is_found_with_its_interval_and_the_law_chosen():
     assert found["aic_first_order_step"] > 20
 
 
+@pytest.mark.quick
+def test_the_peak_is_known_where_the_parameters_of_the_paper_overflow():
+    p = {"beta": 1e-3, "tau0": 0.5, "A1": 2.0, "A2": 1600.0, "K": 7.0}
+    found = massive_activations.derived(p)
+    assert np.isinf(found["gamma"]) and found["t_peak"] > 0
+    near = found["t_peak"] + np.array([-1e-3, 0.0, 1e-3])
+    below, top, above = massive_activations.predict(p, {"t": near})
+    assert found["f_peak"] == top > max(below, above)
+
+
 def test_step_responses_are_told_from_the_emergence_curve():
     rising = curve("first_order_step", {"tau": 700.0, "A": 50.0, "K": 9.0})
     found = emergence.fit_curve(STEPS, rising, draws=100)
