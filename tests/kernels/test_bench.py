@@ -1,9 +1,11 @@
 """The benchmark's command line and table."""
 import json
 
+import jax
 import pytest
 
 from pallas_kernels.bench.__main__ import main
+from pallas_kernels.gpu import bench_cases, bench_gpu, bench_table
 
 
 def test_table_of_two_operators(tmp_path, capsys):
@@ -29,3 +31,58 @@ def test_bad_flags_give_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         main(flags)
     assert error.value.code != 0 and message in capsys.readouterr().err
+
+
+def test_gpu_tasks_begin_with_every_family_at_the_first_shape():
+    tasks = bench_gpu.tasks(list(bench_cases.FAMILIES), list(bench_cases.SHAPES))
+    n = len(bench_cases.FAMILIES)
+    assert [name for name, _, _ in tasks[:n]] == list(bench_cases.FAMILIES)
+    assert {shape for _, shape, _ in tasks[:n]} == {bench_cases.SHAPES[0], bench_cases.GROUPED[0]}
+    assert len(set(tasks)) == len(tasks) and [t[2] for t in tasks[-n:]] == [bench_gpu.ERRORS] * n
+    for name, family in bench_cases.FAMILIES.items():
+        assert all((name, shape, family.implementation) in tasks for shape in family.shapes)
+
+
+@pytest.mark.parametrize("name, forward, both", [  # GFLOP and MB of kernels.md's table: 262144 token-heads, D = 128
+    ("scalar decay per token", (25.8, 269.5), (90.2, 741.3)),
+    ("Gated DeltaNet", (48.3, 270.5), (181.5, 744.5)),
+    ("KDA", (48.3, 403.7), (181.5, 1144.0)),
+    ("DPLR (RWKV-7)", (74.1, 469.8), (259.3, 1342.2)),
+    ("causal attention", (137.4, 268.4), (481.0, 805.3)),
+])
+def test_gpu_work_counts_each_array_once(name, forward, both):
+    family, shape = bench_cases.FAMILIES[name], bench_cases.SHAPES[0]
+    arrays = jax.eval_shape(lambda: bench_cases.make_inputs(family, shape, jax.random.key(0)))
+    work = bench_cases.work(family, shape, arrays, arrays["v"])
+    for mode, (flops, size) in (("fwd", forward), ("fwdbwd", both)):
+        assert work[mode] == (pytest.approx(flops * 1e9, rel=2e-3), pytest.approx(size * 1e6, rel=2e-3))
+
+
+def test_gpu_tables_from_files(tmp_path, capsys):
+    row = dict(family="Gated DeltaNet", shape=[8, 2048, 16, 128], ms=0.3, of_floor=0.5, tflops=100.0, gbs=900.0,
+               first_step_s=4.2)
+    rows = [row | dict(implementation="pallas_gpu", mode="fwd", kernel_ms=0.2),
+            row | dict(implementation="pallas_gpu", mode="fwdbwd", kernel_ms=0.8),
+            row | dict(implementation="xla", mode="fwd", kernel_ms=4.0),
+            dict(family="KDA", shape=[8, 2048, 16, 128], implementation="pallas_gpu", failed="out of memory")]
+    files = [tmp_path / name for name in ("old.json", "new.json", "peers.json", "page.md")]
+    limits = dict(device="H100", matmul_tflops=700.0, copy_gbs=2900.0)
+    files[0].write_text(json.dumps(limits | {"rows": rows}))
+    files[1].write_text(json.dumps(limits | {"rows": [rows[0] | dict(kernel_ms=0.1)]}))  # measured again
+    files[2].write_text(json.dumps({"rows": [dict(op="gdn_flashqla", shape=row["shape"], mode="fwd", ms=0.195)]}))
+    files[3].write_text("text\n<!-- kernels: full -->\nold\n<!-- kernels: end -->\nrest\n")
+    bench_table.main(["--rows", *map(str, files[:2]), "--peers", str(files[2]), "--write", str(files[3])])
+    page = files[3].read_text()
+    assert "| Gated DeltaNet | 8, 2048, 16, 128 | 0.100 / 0.800 |" in page and "FlashQLA 0.195: 1.9x |" in page
+    assert "4.00 |" in page and "old" not in page and "KDA" not in page and page.endswith("end -->\nrest\n")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--families", "glaa"], "--families glaa: allowed are scalar decay per token"),
+    (["--shapes", "7"], "indices from 0 to 3"),
+    ([], "a GPU is needed"),
+])
+def test_bad_gpu_flags_give_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        bench_gpu.main(["--out", "unused.json", *flags])
+    assert error.value.code == 2 and message in capsys.readouterr().err
