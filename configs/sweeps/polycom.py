@@ -9,8 +9,8 @@ gives each activation all learning rates with a seed of its own; the second runs
 the rate that was best for each. Under muP a rate means the same at every width, so that `:gpu-large` can take its
 rates from the runs of `:gpu`. Give a GPU one or two workers (docs/log.md).
 
-:cpu        width 48, 0.4M tokens of the embedded text; 20 and 15 cells, some minutes on two cores
-:gpu        width 128, 33M tokens of prepared text; 20 and 15 cells for one GPU
+:cpu        width 48, 0.4M tokens of the embedded text; 25 and 15 cells, some minutes on two cores
+:gpu        width 128, 33M tokens of prepared text; 25 and 15 cells for one GPU
 :gpu-large  width 192, 33M tokens
 """
 
@@ -27,7 +27,7 @@ ARMS = {
     "polyrelu": {"activation": "polyrelu", "glu": False},
     "polynorm": {"activation": "polynorm", "glu": False},
 }
-LEARNING_RATES = (0.005, 0.01, 0.0025, 0.02)  # the likeliest first: a launch that is cut short has those
+LEARNING_RATES = (0.01, 0.02, 0.04, 0.005, 0.0025)  # the likeliest first: a launch that is cut short has those
 RATES_SEED = 3
 SEEDS = (0, 1, 2)
 SIZES = {"cpu": (48, 2, 400), "gpu": (128, 4, 2000), "gpu-large": (192, 6, 2000)}  # width, layers, steps

@@ -17,7 +17,7 @@ def test_polynomial_activations_have_the_parameters_of_the_others(preset):
     sizes = {cell.params["non_embedding"] for cell in cells}
     assert max(sizes) < 1.01 * min(sizes)
     rates = Counter((cell.arch, cell.config.optim.lr) for cell in cells)
-    assert len(rates) == 20 and set(rates.values()) == {1}
+    assert len(rates) == 25 and set(rates.values()) == {1}
 
 
 def test_compared_seeds_take_the_best_rates_and_have_not_chosen_them(tmp_path):
