@@ -1,4 +1,5 @@
 """Scalar gates of the GPU kernels: log2 decays per chunk, and the gradient of the gates from row sums."""
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu.tiles import CHUNK
@@ -39,6 +40,11 @@ def by_chunk(x):
     """[B, T, H] -> [B, H, N, 64]."""
     b_size, t_size, heads = x.shape
     return x.transpose(0, 2, 1).reshape(b_size, heads, t_size // CHUNK, CHUNK)
+
+
+def rounded(x):
+    """float32 x in the digits of bf16. XLA drops a cast there and back, since it may keep more precision than asked."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def running_sum(x, reverse=False):

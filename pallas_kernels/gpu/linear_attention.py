@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu import channel_decay
 from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
-from pallas_kernels.gpu.gates import chunk_decays, gate_gradient, pad_tokens, token_decays
+from pallas_kernels.gpu.gates import chunk_decays, gate_gradient, pad_tokens, rounded, token_decays
 from pallas_kernels.gpu.head_parts import HeadParts
 from pallas_kernels.gpu.pieces import count_pieces, piece_states
 from pallas_kernels.gpu.tiles import CHUNK, not_hopper
@@ -100,9 +100,9 @@ def states_by_gradients(f, k, v, decays, final, unscaled, scale):
     # No decay makes this one small, and the row sums of dk must cancel it where the gates' gradient is small: so dS is
     # rounded as in the products that made dk, and S is not; what the last chunk's values lost in products is added.
     if unscaled is not None:
-        ds = unscaled.astype(jnp.bfloat16).astype(jnp.float32)
+        ds = rounded(unscaled)
         z = v[:, -CHUNK:] * jnp.exp2(decays[:, :, -1]).swapaxes(1, 2)[..., None]
-        lost = z - jax.lax.reduce_precision(z, exponent_bits=8, mantissa_bits=7)
+        lost = z - rounded(z)
         at_end = jnp.sum(final * ds, axis=(-1, -2)) + jnp.einsum(
             "bjhk,bhkv,bjhv->bh", k[:, -CHUNK:].astype(jnp.float32), ds, lost, precision="highest")
     return scale * jnp.concatenate([jnp.sum(f, axis=-1)[..., :spans - 1], at_end[..., None]], axis=-1)

@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu import linear_attention as scalar
 from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
-from pallas_kernels.gpu.gates import FORGET, LOG2E, by_chunk, gate_gradient, pad_tokens, running_sum
+from pallas_kernels.gpu.gates import FORGET, LOG2E, by_chunk, gate_gradient, pad_tokens, rounded, running_sum
 from pallas_kernels.gpu.mlstm_scans import decayed_sums, running_max
 from pallas_kernels.gpu.pieces import count_pieces
 from pallas_kernels.gpu.tiles import CHUNK
@@ -98,8 +98,7 @@ def _parts(x):
     """float32 [..., K] as bf16 [..., 8, K] whose first three rows add up to it."""
     parts = []
     for _ in range(3):
-        # a plain cast there and back is dropped where XLA may keep more precision than asked for
-        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        high = rounded(x)
         parts.append(high.astype(jnp.bfloat16))
         x = x - high
     return jnp.stack(parts + [jnp.zeros_like(parts[0])] * 5, axis=-2)
