@@ -1,11 +1,15 @@
-"""Mosaic GPU kernels (Hopper) for DeltaNet and the gated delta rule.
+"""Mosaic GPU kernels (Hopper) for the two walks and the gradients of DeltaNet and the gated delta rule.
 
-One head and one chunk of 64 tokens, c the in-chunk cumulative log2 decay, P_ij = 2^(c_i - c_j), S the entering state:
-    M  = strictly lower part of (K K^T * P),   T = (I + diag(beta) M)^-1         `chunk_inverses`, parallel over chunks
+One head and one chunk of 64 tokens, c the in-chunk cumulative log2 decay, P_ij = 2^(c_i - c_j), S the entering state,
+T = (I + diag(beta) M)^-1 with M = strictly lower (K K^T * P), see `delta_inverse`:
     U  = T diag(beta) (V - diag(2^c) K S)
     O  = scale (diag(2^c) Q S + lower(Q K^T * P) U)
-    S <- 2^total S + (diag(2^(total - c)) K)^T U                                 `delta_forward`, chunk after chunk
+    S <- 2^c_63 S + (diag(2^(c_63 - c)) K)^T U                                   `delta_forward`, chunk after chunk
 Gates travel as one float32 array [B, H, N, 2, 64]: c and beta.
+
+In a walk one warpgroup brings the tiles and makes the scores Q K^T * P, a chunk ahead; every other one owns 64 value
+columns of the state, and never waits for its neighbours. The compiler's own barriers around every access to shared
+memory are off (`unsafe_no_auto_barriers`): `plgpu.commit_smem` stands where one is needed.
 """
 import jax
 import jax.numpy as jnp
@@ -22,101 +26,95 @@ from pallas_kernels.gpu.tiles import (
     add_products,
     decayed_scores,
     later_scores,
-    launch,
     present,
     products,
     release,
     rows,
     split_diagonal,
     tile,
-    unit_lower_inverse,
 )
 
 TINY = 1e-36  # makes 0 / beta^2 a 0 where beta is 0
-INVERSE_GROUP = 4  # chunks that one program of `chunk_inverses` inverts, a warpgroup each: 128 registers a thread
+OPTIONS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256, unsafe_no_auto_barriers=True)
 
 
-def chunk_inverses(k, gates, *, decay, interpret=None):
-    """T [B, H, N, 64, 64] bf16 of every chunk of k [B, T, H, K], from gates [B, H, N, 2, 64]."""
-    b_size, t_size, heads, k_size = k.shape
-    chunks = t_size // CHUNK
-    blocks = range(k_size // BLOCK)
-    scratch = dict(k=tile((INVERSE_GROUP, len(blocks), CHUNK, BLOCK), k.dtype),
-                   right=tile((INVERSE_GROUP, CHUNK, CHUNK), jnp.float16),
-                   gates=plgpu.SMEM((INVERSE_GROUP, 2, CHUNK), jnp.float32))
+def _feed(walk, copies, full, empty, scores, scored):
+    """The loading warpgroup: `copies(chunk, slot)` lists (source, destination) pairs, `scores(slot)` makes a tile."""
+    def load(i):
+        slot = walk.slot(i)
+        for src, dst in copies(walk.chunk(i), slot):
+            plgpu.copy_gmem_to_smem(src, dst, full.at[slot])
 
-    def body(k_ref, gates_ref, out_ref, smem, loaded):
-        group, head, batch = lax.axis_index("group"), lax.axis_index("head"), lax.axis_index("batch")
-        wg = lax.axis_index("wg")
-        chunk = group * INVERSE_GROUP + wg
+    @pl.loop(0, jnp.minimum(walk.stages, walk.steps))
+    def _(i):
+        load(i)
 
-        @pl.when(chunk < chunks)
-        def _():
-            k_tiles, right_tile = tuple(smem["k"].at[wg, b] for b in blocks), smem["right"].at[wg]
-            for b in blocks:
-                src = k_ref.at[batch, pl.ds(chunk * CHUNK, CHUNK), head, pl.ds(b * BLOCK, BLOCK)]
-                plgpu.copy_gmem_to_smem(src, k_tiles[b], loaded.at[wg])
-            plgpu.copy_gmem_to_smem(gates_ref.at[batch, head, chunk], smem["gates"].at[wg], loaded.at[wg])
-            plgpu.barrier_wait(loaded.at[wg])
-            lower, = products((k_tiles, tuple(k.transpose(T_CONTRACT) for k in k_tiles)))
-            row = plgpu.broadcasted_iota(jnp.int32, lower.shape, 0, layout=WGMMA)
-            col = plgpu.broadcasted_iota(jnp.int32, lower.shape, 1, layout=WGMMA)
-            c_tile = smem["gates"].at[wg, 0] if decay else None
-            c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
-            lower = jnp.where(row > col, decayed_scores(lower, c_row, c_tile, False), 0.0)
-            lower = lower * rows(plgpu.load(smem["gates"].at[wg, 1], layout=WGMMA.reduce(1)), lower.shape)
-            x = unit_lower_inverse(lower, right_tile, interpret=interpret)
-            out = k_tiles[0]  # spent
-            out[...] = x.astype(k.dtype)
+    @pl.loop(0, walk.steps)
+    def _(i):
+        slot = walk.slot(i)
+        if scores is not None:
+            plgpu.barrier_wait(full.at[slot])
+            scores(slot)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out, out_ref.at[batch, head, chunk])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.barrier_arrive(scored.at[slot])
+        plgpu.barrier_wait(empty.at[slot])
 
-    return plgpu.kernel(
-        body, out_type=jax.ShapeDtypeStruct((b_size, heads, chunks, CHUNK, CHUNK), k.dtype),
-        scratch_types=(scratch, plgpu.Barrier(num_arrivals=1 + len(blocks), num_barriers=INVERSE_GROUP)),
-        grid=(pl.cdiv(chunks, INVERSE_GROUP), heads, b_size), grid_names=("group", "head", "batch"),
-        num_threads=INVERSE_GROUP, thread_name="wg", compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )(k, gates)
+        @pl.when(i + walk.stages < walk.steps)
+        def _():
+            load(i + walk.stages)
 
 
-def delta_forward(q, k, v, inverse, gates, total, init, *, scale, split, stages=2, interpret=None):
-    """Outputs and final state, or, where q is None, what the backward pass needs.
+def _launch(body, operands, outs, scratch, *, n_wg, stages, arrivals, grid, interpret):
+    ring = [plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (arrivals, n_wg, 1)]
+    run = plgpu.kernel(body, out_type=tuple(outs.values()), scratch_types=(scratch, *ring), grid=grid,
+                       grid_names=("head", "piece", "batch"), num_threads=n_wg + 1, thread_name="wg",
+                       compiler_params=OPTIONS, interpret=interpret)
+    return dict(zip(outs, run(*operands.values()), strict=True))
+
+
+def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, split=1, save=False, stages=2,
+                  interpret=None):
+    """Outputs and final state, and where `save` what the backward pass needs; or, where q is None, states only.
 
     Args:
       q, k: [B, T, H, K]; v: [B, T, H, V] bf16, T a multiple of 64, K and V in {64, 128}.
-      inverse: [B, H, N, 64, 64] from `chunk_inverses`; gates: [B, H, N, 2, 64]; total: [B, H, N] log2 decay of each
-        chunk, or None without decay; init: float32 [B, H, K, V] or None.
+      inverse: [B, H, N, 64, 64] from `chunk_inverses`; gates: [B, H, N, 2, 64]; decay: whether c is not all zero.
+      init: float32 [B, H, P, K, V], the state entering each of the `pieces` of T, or None for zero (P = 1).
       split: programs per head, each with its own value columns (independent in a delta rule).
-    Returns: dict with state [B, H, K, V] float32 and o [B, T, H, V], or instead of o, u [B, T, H, V] and the states
-      entering the chunks, entering [B, H, N, K, V] bf16.
+    Returns: dict with o [B, T, H, V] and state [B, H, K, V] float32; if `save` also u [B, T, H, V] and the states
+      entering the chunks, entering [B, H, N, K, V] bf16. Where q is None: local [B, H, P, 2, K, V] float32 for K = V,
+      the state leaving each piece when it enters as zero, and the piece's transition, so that
+      leaving = local[0] + local[1] @ entering.
     """
     b_size, t_size, heads, k_size = k.shape
     v_size, dtype = v.shape[-1], v.dtype
     chunks = t_size // CHUNK
-    n_wg = v_size // BLOCK // split
     with_output = q is not None
-    operands = present(q=q, k=k, v=v, inverse=inverse, gates=gates, total=total, init=init)
-    outs = {"state": jax.ShapeDtypeStruct((b_size, heads, k_size, v_size), jnp.float32)}
+    groups = split if with_output else 2  # programs of a head and piece
+    n_wg = v_size // BLOCK // split
+    operands = present(q=q, k=k, v=v, inverse=inverse, gates=gates, init=init)
     own = tile((n_wg, CHUNK, BLOCK), dtype)
     scratch = dict(k=tile((stages, CHUNK, k_size), dtype), v=tile((stages, n_wg, CHUNK, BLOCK), dtype),
                    inverse=tile((stages, CHUNK, CHUNK), dtype), gates=plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
-                   s16=tile((n_wg, k_size, BLOCK), dtype), u=own, us=own)
+                   s16=tile((n_wg, k_size, BLOCK), dtype), us=own)
     if with_output:
-        outs["o"] = jax.ShapeDtypeStruct(v.shape, dtype)
-        scratch["q"] = scratch["k"]
+        outs = {"o": jax.ShapeDtypeStruct(v.shape, dtype),
+                "state": jax.ShapeDtypeStruct((b_size, heads, k_size, v_size), jnp.float32)}
+        scratch |= dict(q=scratch["k"], a=scratch["inverse"], u=own, o=own)
     else:
+        outs = {"local": jax.ShapeDtypeStruct((b_size, heads, pieces, 2, k_size, v_size), jnp.float32)}
+    if save:
         outs["u"] = jax.ShapeDtypeStruct(v.shape, dtype)
         outs["entering"] = jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), dtype)
 
     def body(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
-        smem, full, empty = refs[len(names):]
-        head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
-        walk = Walk(chunks, 1, stages, False, 0)
-        first_block = lax.axis_index("piece") * n_wg
+        smem, full, empty, scored = refs[len(names):]
+        program, piece, batch = lax.axis_index("head"), lax.axis_index("piece"), lax.axis_index("batch")
+        head, group, wg = lax.div(program, jnp.int32(groups)), lax.rem(program, jnp.int32(groups)), lax.axis_index("wg")
+        walk = Walk(chunks, pieces, stages, False, piece)
+        first_block = group * n_wg if with_output else 0
 
         def copies(chunk, slot):
             here = pl.ds(chunk * CHUNK, CHUNK)
@@ -125,109 +123,127 @@ def delta_forward(q, k, v, inverse, gates, total, init, *, scale, split, stages=
                       for w in range(n_wg)]
             return pairs + [(gmem[n].at[batch, head, chunk], smem[n].at[slot]) for n in ("inverse", "gates")]
 
+        def gate(slot, index):
+            return plgpu.load(smem["gates"].at[slot, index], layout=WGMMA.reduce(1))
+
+        def scores(slot):
+            a, = products((smem["q"].at[slot], smem["k"].at[slot].transpose(T_CONTRACT)))
+            c_row, c_tile = (gate(slot, 0), smem["gates"].at[slot, 0]) if decay else (None, None)
+            smem["a"].at[slot][...] = decayed_scores(a, c_row, c_tile, False).astype(dtype)
+
         @pl.when(wg == n_wg)
         def _():
-            walk.load(copies, full, empty)
+            _feed(walk, copies, full, empty, scores if with_output else None, scored)
 
         @pl.when(wg < n_wg)
         def _():
-            plgpu.set_max_registers(232 if n_wg == 2 else 216, action="increase")
             cols = pl.ds((first_block + wg) * BLOCK, BLOCK)
-            if init is not None:
-                state = plgpu.load(gmem["init"].at[batch, head, :, cols], layout=WGMMA, optimized=False)
+            if not with_output:  # the second program of a piece walks from the identity without values
+                row = plgpu.broadcasted_iota(jnp.int32, (k_size, BLOCK), 0, layout=WGMMA)
+                col = plgpu.broadcasted_iota(jnp.int32, (k_size, BLOCK), 1, layout=WGMMA)
+                state = jnp.where((row == col + wg * BLOCK) & (group == 1), 1.0, 0.0)
+            elif init is not None:
+                state = plgpu.load(gmem["init"].at[batch, head, piece, :, cols], layout=WGMMA, optimized=False)
             else:
                 state = plgpu.layout_cast(jnp.zeros((k_size, BLOCK), jnp.float32), WGMMA)
-            smem["s16"].at[wg][...] = state.astype(dtype)
+            s16, us_tile = smem["s16"].at[wg], smem["us"].at[wg]
+            s16[...] = state.astype(dtype)
             plgpu.commit_smem()
 
             def step(i, state):
-                slot = walk.slot(i)
-                here = pl.ds(i * CHUNK, CHUNK)
+                slot, chunk = walk.slot(i), walk.chunk(i)
+                here = pl.ds(chunk * CHUNK, CHUNK)
                 plgpu.barrier_wait(full.at[slot])
-                k_tile, s16 = smem["k"].at[slot], smem["s16"].at[wg]
-                u_tile = us_tile = smem["u"].at[wg]
+                k_tile = smem["k"].at[slot]
+                if save:
+                    plgpu.copy_smem_to_gmem(s16, gmem["entering"].at[batch, head, chunk, :, cols])
                 if with_output:
-                    q_tile = smem["q"].at[slot]
-                    ks, qs, a = products((k_tile, s16), (q_tile, s16), (q_tile, k_tile.transpose(T_CONTRACT)))
+                    ks, qs = products((k_tile, s16), (smem["q"].at[slot], s16))
                 else:
-                    plgpu.copy_smem_to_gmem(s16, gmem["entering"].at[batch, head, i, :, cols])
                     ks, = products((k_tile, s16))
-                c_tile, c_row = smem["gates"].at[slot, 0], None
-                if total is not None:
-                    us_tile = smem["us"].at[wg]
-                    tot = gmem["total"][batch, head, i]
-                    c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1))
-                    entering = rows(jnp.exp2(c_row), ks.shape)
-                    ks = ks * entering
-                    qs = qs * entering if with_output else None
-                    state = state * jnp.exp2(tot)
-                beta = rows(plgpu.load(smem["gates"].at[slot, 1], layout=WGMMA.reduce(1)), ks.shape)
                 wanted = plgpu.load(smem["v"].at[slot, wg], layout=WGMMA).astype(jnp.float32)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk wrote has left shared memory
-                us_tile[...] = ((wanted - ks) * beta).astype(dtype)
+                if not with_output:
+                    wanted = wanted * (1 - group).astype(jnp.float32)
+                if decay:
+                    c_row, last = gate(slot, 0), smem["gates"][slot, 0, CHUNK - 1]
+                    from_start = rows(jnp.exp2(c_row), ks.shape)
+                    ks = ks * from_start
+                    qs = qs * from_start if with_output else None
+                    state = state * jnp.exp2(last)
+                us_tile[...] = ((wanted - ks) * rows(gate(slot, 1), ks.shape)).astype(dtype)
                 plgpu.commit_smem()
                 u, = products((smem["inverse"].at[slot], us_tile))
-                u_tile[...] = u.astype(dtype)
-                if total is not None:
-                    us_tile[...] = (u * rows(jnp.exp2(tot - c_row), u.shape)).astype(dtype)
-                plgpu.commit_smem()
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier too: all have read `us`
+                us_tile[...] = (u * rows(jnp.exp2(last - c_row), u.shape) if decay else u).astype(dtype)
                 write = state, k_tile.transpose(T_CONTRACT), us_tile
                 if with_output:
-                    a = decayed_scores(a, c_row, c_tile if total is not None else None, False).astype(dtype)
-                    o, state = add_products((qs, a, u_tile), write, interpret=interpret)
+                    u_tile = smem["u"].at[wg]
+                    u_tile[...] = u.astype(dtype)
+                    plgpu.commit_smem()
+                    if save:
+                        plgpu.copy_smem_to_gmem(u_tile, gmem["u"].at[batch, here, head, cols])
+                    plgpu.barrier_wait(scored.at[slot])
+                    o, state = add_products((qs, smem["a"].at[slot], u_tile), write, interpret=interpret)
+                    smem["o"].at[wg][...] = (o * scale).astype(dtype)
                 else:
-                    plgpu.copy_smem_to_gmem(u_tile, gmem["u"].at[batch, here, head, cols])
+                    plgpu.commit_smem()
                     state, = add_products(write, interpret=interpret)
-                release(empty.at[slot])
                 s16[...] = state.astype(dtype)
+                release(empty.at[slot])
                 if with_output:
-                    us_tile[...] = (o * scale).astype(dtype)
-                plgpu.commit_smem()
-                if with_output:
-                    plgpu.copy_smem_to_gmem(us_tile, gmem["o"].at[batch, here, head, cols])
+                    plgpu.copy_smem_to_gmem(smem["o"].at[wg], gmem["o"].at[batch, here, head, cols])
                 return state
 
             state = lax.fori_loop(0, walk.steps, step, state)
-            gmem["state"].at[batch, head, :, cols][...] = state
+            if with_output:
+                @pl.when(piece == pieces - 1)
+                def _():
+                    gmem["state"].at[batch, head, :, cols][...] = state
+            else:
+                gmem["local"].at[batch, head, piece, group, :, cols][...] = state
             plgpu.wait_smem_to_gmem(0)
 
-    return launch(body, operands, outs, arrivals=3 + with_output + n_wg, consumers=n_wg, stages=stages,
-                  extra_scratch=(), grid=(heads, split, b_size), scratch=scratch, interpret=interpret)
+    return _launch(body, operands, outs, scratch, n_wg=n_wg, stages=stages, arrivals=3 + with_output + n_wg,
+                   grid=(heads * groups, pieces, b_size), interpret=interpret)
 
 
-def delta_reverse(q, k, do, inverse, gates, total, dfinal, *, scale, split, stages=2, interpret=None):
+def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, split=1, emit="output", stages=2,
+                  interpret=None):
     """dV, in a walk from the end of the sequence with R, the gradient of the state, in registers.
 
-    With M, T as above and R the gradient of the state leaving the chunk:
-      dV  = diag(beta) T^T (A^T dO + diag(2^(total - c)) K R),    A = scale lower(Q K^T * P)
-      R  <- 2^total R + scale (diag(2^c) Q)^T dO - (diag(2^c) K)^T dV
+    With T as above and R the gradient of the state leaving the chunk:
+      dV  = diag(beta) T^T (A^T dO + diag(2^(c_63 - c)) K R),    A = scale lower(Q K^T * P)
+      R  <- 2^c_63 R + scale (diag(2^c) Q)^T dO - (diag(2^c) K)^T dV
 
-    Args: q, k, do [B, T, H, D], dfinal float32 [B, H, D, D] or None; the rest as `delta_forward`.
-    Returns: dict with dv, leaving [B, H, N, D, D] bf16 = R of every chunk, and state [B, H, D, D], the gradient of the
-      initial state.
+    Args: q, k, do [B, T, H, D]; init float32 [B, H, P, D, D], R of the last chunk of each piece, or None for zero;
+      emit: "output", or "state" for nothing but `state`; the rest as `delta_forward`.
+    Returns: dict with state float32 [B, H, P, D, D], R entering each piece from its first chunk; dv; and leaving
+      [B, H, N, D, D] bf16 = R of every chunk.
     """
     b_size, t_size, heads, k_size = k.shape
     v_size, dtype = do.shape[-1], k.dtype
     chunks = t_size // CHUNK
     n_wg = v_size // BLOCK // split
-    decay = total is not None
-    operands = present(q=q, k=k, do=do, inverse=inverse, gates=gates, total=total, dfinal=dfinal)
-    outs = {"state": jax.ShapeDtypeStruct((b_size, heads, k_size, v_size), jnp.float32),
-            "dv": jax.ShapeDtypeStruct(do.shape, dtype),
-            "leaving": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), dtype)}
+    with_output = emit == "output"
+    operands = present(q=q, k=k, do=do, inverse=inverse, gates=gates, init=init)
+    outs = {"state": jax.ShapeDtypeStruct((b_size, heads, pieces, k_size, v_size), jnp.float32)}
+    if with_output:
+        outs |= {"dv": jax.ShapeDtypeStruct(do.shape, dtype),
+                 "leaving": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), dtype)}
     own = tile((n_wg, CHUNK, BLOCK), dtype)
     scratch = dict(q=tile((stages, CHUNK, k_size), dtype), k=tile((stages, CHUNK, k_size), dtype),
                    do=tile((stages, n_wg, CHUNK, BLOCK), dtype), inverse=tile((stages, CHUNK, CHUNK), dtype),
-                   gates=plgpu.SMEM((stages, 2, CHUNK), jnp.float32), r16=tile((n_wg, k_size, BLOCK), dtype),
-                   du=own, dv=own, dos=own)
+                   a=tile((stages, CHUNK, CHUNK), dtype), gates=plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
+                   r16=tile((n_wg, k_size, BLOCK), dtype), du=own, dv=own, dos=own)
 
     def body(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
-        smem, full, empty = refs[len(names):]
-        head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
-        walk = Walk(chunks, 1, stages, True, 0)
-        first_block = lax.axis_index("piece") * n_wg
+        smem, full, empty, scored = refs[len(names):]
+        program, piece, batch = lax.axis_index("head"), lax.axis_index("piece"), lax.axis_index("batch")
+        head, group, wg = lax.div(program, jnp.int32(split)), lax.rem(program, jnp.int32(split)), lax.axis_index("wg")
+        walk = Walk(chunks, pieces, stages, True, piece)
+        first_block = group * n_wg
 
         def copies(chunk, slot):
             here = pl.ds(chunk * CHUNK, CHUNK)
@@ -236,19 +252,27 @@ def delta_reverse(q, k, do, inverse, gates, total, dfinal, *, scale, split, stag
                        smem["do"].at[slot, w]) for w in range(n_wg)]
             return pairs + [(gmem[n].at[batch, head, chunk], smem[n].at[slot]) for n in ("inverse", "gates")]
 
+        def gate(slot, index):
+            return plgpu.load(smem["gates"].at[slot, index], layout=WGMMA.reduce(1))
+
+        def scores(slot):
+            a, = products((smem["k"].at[slot], smem["q"].at[slot].transpose(T_CONTRACT)))
+            c_row, c_tile = (gate(slot, 0), smem["gates"].at[slot, 0]) if decay else (None, None)
+            smem["a"].at[slot][...] = (later_scores(a, c_row, c_tile) * scale).astype(dtype)
+
         @pl.when(wg == n_wg)
         def _():
-            walk.load(copies, full, empty)
+            _feed(walk, copies, full, empty, scores, scored)
 
         @pl.when(wg < n_wg)
         def _():
-            plgpu.set_max_registers(232 if n_wg == 2 else 216, action="increase")
             cols = pl.ds((first_block + wg) * BLOCK, BLOCK)
-            if dfinal is not None:
-                r = plgpu.load(gmem["dfinal"].at[batch, head, :, cols], layout=WGMMA, optimized=False)
+            if init is not None:
+                r = plgpu.load(gmem["init"].at[batch, head, piece, :, cols], layout=WGMMA, optimized=False)
             else:
                 r = plgpu.layout_cast(jnp.zeros((k_size, BLOCK), jnp.float32), WGMMA)
-            smem["r16"].at[wg][...] = r.astype(dtype)
+            r16, du, dv, dos = (smem[name].at[wg] for name in ("r16", "du", "dv", "dos"))
+            r16[...] = r.astype(dtype)
             plgpu.commit_smem()
 
             def step(i, r):
@@ -256,53 +280,51 @@ def delta_reverse(q, k, do, inverse, gates, total, dfinal, *, scale, split, stag
                 here = pl.ds(chunk * CHUNK, CHUNK)
                 plgpu.barrier_wait(full.at[slot])
                 q_tile, k_tile, do_tile = smem["q"].at[slot], smem["k"].at[slot], smem["do"].at[slot, wg]
-                r16, du, dv, dos = (smem[name].at[wg] for name in ("r16", "du", "dv", "dos"))
-                plgpu.copy_smem_to_gmem(r16, gmem["leaving"].at[batch, head, chunk, :, cols])
-                a, kr = products((k_tile, q_tile.transpose(T_CONTRACT)), (k_tile, r16))
-                c_tile = smem["gates"].at[slot, 0] if decay else None
-                c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
+                if with_output:
+                    plgpu.copy_smem_to_gmem(r16, gmem["leaving"].at[batch, head, chunk, :, cols])
+                kr, = products((k_tile, r16))
                 out = plgpu.load(do_tile, layout=WGMMA).astype(jnp.float32) * scale
                 if decay:
-                    tot = gmem["total"][batch, head, chunk]
-                    kr = kr * rows(jnp.exp2(tot - c_row), kr.shape)
+                    c_row, last = gate(slot, 0), smem["gates"][slot, 0, CHUNK - 1]
+                    kr = kr * rows(jnp.exp2(last - c_row), kr.shape)
                     from_start = rows(jnp.exp2(c_row), kr.shape)
                     out = out * from_start
-                    r = r * jnp.exp2(tot)
-                a = (later_scores(a, c_row, c_tile) * scale).astype(dtype)
-                d_u, = add_products((kr, a, do_tile), interpret=interpret)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                du[...] = d_u.astype(dtype)
+                    r = r * jnp.exp2(last)
                 dos[...] = out.astype(dtype)
+                plgpu.barrier_wait(scored.at[slot])
+                d_u, = add_products((kr, smem["a"].at[slot], do_tile), interpret=interpret)
+                du[...] = d_u.astype(dtype)
                 plgpu.commit_smem()
                 dr, = products((smem["inverse"].at[slot].transpose(T_CONTRACT), du))
-                dr = dr * rows(plgpu.load(smem["gates"].at[slot, 1], layout=WGMMA.reduce(1)), dr.shape)
-                dv[...] = dr.astype(dtype)
-                erase = du  # its gradient is spent
-                erase[...] = (-dr * from_start if decay else -dr).astype(dtype)
+                dr = dr * rows(gate(slot, 1), dr.shape)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier too: all have read `du`
+                du[...] = (-dr * from_start if decay else -dr).astype(dtype)
+                if with_output:
+                    dv[...] = dr.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(dv, gmem["dv"].at[batch, here, head, cols])
-                r, = add_products((r, (q_tile.transpose(T_CONTRACT), k_tile.transpose(T_CONTRACT)), (dos, erase)),
+                if with_output:
+                    plgpu.copy_smem_to_gmem(dv, gmem["dv"].at[batch, here, head, cols])
+                r, = add_products((r, (q_tile.transpose(T_CONTRACT), k_tile.transpose(T_CONTRACT)), (dos, du)),
                                   interpret=interpret)
-                release(empty.at[slot])
                 r16[...] = r.astype(dtype)
-                plgpu.commit_smem()
+                release(empty.at[slot])
                 return r
 
             r = lax.fori_loop(0, walk.steps, step, r)
-            gmem["state"].at[batch, head, :, cols][...] = r
+            gmem["state"].at[batch, head, piece, :, cols][...] = r
             plgpu.wait_smem_to_gmem(0)
 
-    return launch(body, operands, outs, arrivals=4 + n_wg, consumers=n_wg, stages=stages, extra_scratch=(),
-                  grid=(heads, split, b_size), scratch=scratch, interpret=interpret)
+    return _launch(body, operands, outs, scratch, n_wg=n_wg, stages=stages, arrivals=4 + n_wg,
+                   grid=(heads * split, pieces, b_size), interpret=interpret)
 
 
-def delta_gradients(q, k, do, u, dv, entering, leaving, gates, total, *, scale, interpret=None):
+def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, scale, interpret=None):
     """dQ, dK and the row sums for the gates, all chunks in parallel.
 
     With S the state entering the chunk, R the gradient of the state leaving it, U and dV from the two walks:
       dA = scale lower(dO U^T * P),   G = -strictly lower(dV U^T * P)
       dQ = dA K + scale diag(2^c) dO S^T
-      dK = [dA^T Q + diag(2^(total - c)) U R^T + G^T K]  (as written)  +  [G K - diag(2^c) dV S^T]  (as erased with)
+      dK = [dA^T Q + diag(2^(c_63 - c)) U R^T + G^T K]  (as written)  +  [G K - diag(2^c) dV S^T]  (as erased with)
       dc = rowsum(Q * dQ + K * dK_erased - K * dK_written),   dbeta = rowsum(dV * U) / beta^2
     A program makes 64 columns of dQ and dK of one chunk.
 
@@ -313,8 +335,7 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, total, *, scale, 
     dtype = k.dtype
     chunks = t_size // CHUNK
     n = size // BLOCK
-    decay = total is not None
-    operands = present(q=q, k=k, do=do, u=u, dv=dv, entering=entering, leaving=leaving, gates=gates, total=total)
+    operands = present(q=q, k=k, do=do, u=u, dv=dv, entering=entering, leaving=leaving, gates=gates)
     outs = {name: jax.ShapeDtypeStruct(k.shape, dtype) for name in ("dq", "dk")}
     outs |= {name: jax.ShapeDtypeStruct((b_size, heads, n, t_size), jnp.float32) for name in ("dbeta", "dc", "inner")}
     scratch = {name: tile((n, CHUNK, BLOCK), dtype) for name in ("do", "u", "dv", "entering", "leaving")}
@@ -368,13 +389,14 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, total, *, scale, 
                                        (whole("dv"), turned("entering")))
         # The value tiles are spent: scores, and then results, take their place, so that two programs share a processor.
         da_tile, g_tile = smem["do"].at[part], smem["dv"].at[part]
+        plgpu.commit_smem()  # a barrier: all have read the values
         da_tile[...], g_tile[...] = da, g
         plgpu.commit_smem()
         dq, erased = dq * scale, -erased
         inner = sum(jnp.sum(load(s) * load(r), axis=1)
                     for s, r in zip(whole("entering"), whole("leaving"), strict=True))
         if decay:
-            tot = gmem["total"][batch, head, chunk]
+            tot = smem["gates"][0, CHUNK - 1]
             from_start = rows(jnp.exp2(c_row), dq.shape)
             dq, erased, written = dq * from_start, erased * from_start, written * rows(jnp.exp2(tot - c_row), dq.shape)
             inner = inner * jnp.exp2(tot)
@@ -388,6 +410,7 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, total, *, scale, 
         gmem["dc"].at[batch, head, part, here][...] = dc
         own = rows(own, dq.shape)
         dq, written = dq + own * load(smem["k"]), written + own * load(smem["q"])
+        plgpu.commit_smem()  # a barrier: all have read the scores
         da_tile[...], g_tile[...] = dq.astype(dtype), (erased + written).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(da_tile, gmem["dq"].at[batch, here, head, mine])
@@ -398,6 +421,6 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, total, *, scale, 
         body, out_type=tuple(outs.values()),
         scratch_types=(scratch, plgpu.Barrier(num_arrivals=3 * n + 1), plgpu.Barrier(num_arrivals=2 * n + 2)),
         grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256),
+        compiler_params=OPTIONS,
     )(*operands.values())
     return dict(zip(outs, got, strict=True))

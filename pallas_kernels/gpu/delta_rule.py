@@ -1,8 +1,12 @@
 """DeltaNet (2406.06484), Gated DeltaNet (2412.06464) and, through `kda`, Kimi Delta Attention on Hopper GPUs.
 
 The rest of this file is the scalar decay. Forward: the chunks' triangular inverses, then one walk with the state on
-chip. Residuals are the inputs and the inverses; the backward pass repeats the walk to write the states entering the
-chunks, walks back for dv and the gradients of the states, and makes the other gradients with all chunks in parallel.
+chip. Residuals are the inputs, the inverses and, in bf16, U and the states entering the chunks: to walk again for those
+costs more than the memory's traffic. The backward pass walks back for dv and the gradients of the states, and makes the
+other gradients with all chunks in parallel.
+
+Few heads: T is cut in pieces, whose entering states come first, exactly: a piece takes a state S to F + M S, with F and
+M [K, K] from one walk over every piece at once (M is also, transposed, the transition of the states' gradients).
 """
 import functools
 
@@ -11,9 +15,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu import kda
-from pallas_kernels.gpu.delta_pass import chunk_inverses, delta_forward, delta_gradients, delta_reverse
+from pallas_kernels.gpu.delta_inverse import chunk_inverses
+from pallas_kernels.gpu.delta_pass import delta_forward, delta_gradients, delta_reverse
 from pallas_kernels.gpu.gates import by_chunk, chunk_decays, gate_gradient, pad_tokens, token_decays
-from pallas_kernels.gpu.pieces import value_programs
+from pallas_kernels.gpu.pieces import MIN_PIECE_CHUNKS, value_programs
 from pallas_kernels.gpu.tiles import CHUNK, not_hopper
 from pallas_kernels.steps import repeat_heads
 
@@ -70,48 +75,90 @@ def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segm
     return o[:, :t_size], state
 
 
+PROGRAMS = 132  # multiprocessors of an H100 or H200
+WORTH = 4  # pieces: with fewer, walking them twice costs more than it gains
+
+
+def delta_pieces(v):
+    """Pieces T is cut in: those that fill the card, where they are worth it."""
+    b_size, t_size, heads, _ = v.shape
+    chunks = t_size // CHUNK
+    wanted = min(PROGRAMS // (b_size * heads), chunks // MIN_PIECE_CHUNKS)
+    per_piece = -(-chunks // wanted) if wanted >= WORTH else chunks
+    return -(-chunks // per_piece)
+
+
+def _carry(first, local, transitions, reverse=False):
+    """State [B, H, P, K, V] that enters each piece: next = local + transition @ state, from `first` or zero.
+
+    local, transitions [B, H, P, K, ...]; with `reverse` from the last piece to the first, transitions transposed.
+    """
+    pieces = local.shape[2]
+    states = [jnp.zeros_like(local[:, :, 0]) if first is None else first]
+    for p in range(pieces - 1):
+        at = pieces - 1 - p if reverse else p
+        if p == 0 and first is None:
+            states.append(local[:, :, at])
+            continue
+        m = transitions[:, :, at]
+        m = m.swapaxes(-1, -2) if reverse else m
+        states.append(local[:, :, at] + jnp.matmul(m, states[-1], precision="highest"))
+    return jnp.stack(states[::-1] if reverse else states, axis=2)
+
+
 def _gates(beta, decay):
-    """float32 [B, H, N, 2, 64], in-chunk log2 decays and beta, and the chunks' total decays [B, H, N] or None."""
+    """float32 [B, H, N, 2, 64]: in-chunk log2 decays and beta."""
     beta = by_chunk(beta)
-    c, total = chunk_decays(decay)
-    return jnp.stack([jnp.zeros_like(beta) if c is None else c, beta], axis=3), total
+    c, _ = chunk_decays(decay)
+    return jnp.stack([jnp.zeros_like(beta) if c is None else c, beta], axis=3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _delta_rule(q, k, v, beta, decay, init, scale, interpret):
-    return _forward(q, k, v, beta, decay, init, scale, interpret)[0]
+    out, _ = _forward(q, k, v, beta, decay, init, scale, interpret)
+    return out["o"], out["state"]
 
 
-def _forward(q, k, v, beta, decay, init, scale, interpret):
-    gates, total = _gates(beta, decay)
-    inverse = chunk_inverses(k, gates, decay=total is not None, interpret=interpret)
-    out = delta_forward(q, k, v, inverse, gates, total, init, scale=scale, split=value_programs(v), interpret=interpret)
-    return (out["o"], out["state"]), inverse
+def _forward(q, k, v, beta, decay, init, scale, interpret, save=False):
+    gates, decays, pieces = _gates(beta, decay), decay is not None, delta_pieces(v)
+    inverse = chunk_inverses(k, gates, decay=decays, interpret=interpret)
+    transitions, states = None, None if init is None else init[:, :, None]
+    if pieces > 1:
+        local = delta_forward(None, k, v, inverse, gates, None, decay=decays, scale=scale, pieces=pieces,
+                              interpret=interpret)["local"]
+        transitions = local[:, :, :, 1]
+        states = _carry(init, local[:, :, :, 0], transitions)
+    out = delta_forward(q, k, v, inverse, gates, states, decay=decays, scale=scale, pieces=pieces,
+                        split=value_programs(v) if pieces == 1 else 1, save=save, interpret=interpret)
+    return out, (inverse, transitions)
 
 
 def _vjp_forward(q, k, v, beta, decay, init, scale, interpret):
     gate_grad = decay is not None and decay.perturbed
     arrays = tuple(None if a is None else a.value for a in (q, k, v, beta, decay, init))
-    out, inverse = _forward(*arrays, scale, interpret)
-    return out, (arrays, inverse, () if gate_grad else None)
+    out, weights = _forward(*arrays, scale, interpret, save=True)
+    return (out["o"], out["state"]), (arrays, weights, out["u"], out["entering"], () if gate_grad else None)
 
 
 def _vjp_backward(scale, interpret, residuals, cotangents):
-    (q, k, v, beta, decay, init), inverse, gate_grad = residuals
+    (q, k, v, beta, decay, init), (inverse, transitions), u, entering, gate_grad = residuals
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
-    gates, total = _gates(beta, decay)
-    options = dict(scale=scale, split=value_programs(v), interpret=interpret)
-    walk = delta_forward(None, k, v, inverse, gates, total, init, **options)
-    back = delta_reverse(q, k, do, inverse, gates, total, dfinal, **options)
-    grads = delta_gradients(q, k, do, walk["u"], back["dv"], walk["entering"], back["leaving"], gates, total,
+    gates, pieces = _gates(beta, decay), delta_pieces(v)
+    options = dict(decay=decay is not None, scale=scale, pieces=pieces, interpret=interpret)
+    states = None if dfinal is None else dfinal[:, :, None]
+    if pieces > 1:
+        local = delta_reverse(q, k, do, inverse, gates, None, emit="state", **options)["state"]
+        states = _carry(dfinal, local, transitions, reverse=True)
+    back = delta_reverse(q, k, do, inverse, gates, states, split=value_programs(v) if pieces == 1 else 1, **options)
+    grads = delta_gradients(q, k, do, u, back["dv"], entering, back["leaving"], gates, decay=decay is not None,
                             scale=scale, interpret=interpret)
     dbeta = jnp.sum(grads["dbeta"], axis=2).transpose(0, 2, 1)
     ddecay = None
     if gate_grad is not None:
         inner = jnp.sum(grads["inner"].reshape(*grads["inner"].shape[:3], -1, CHUNK), axis=(2, 4))
         ddecay = gate_gradient(jnp.sum(grads["dc"], axis=2), inner, 1)
-    return grads["dq"], grads["dk"], back["dv"], dbeta, ddecay, None if init is None else back["state"]
+    return grads["dq"], grads["dk"], back["dv"], dbeta, ddecay, None if init is None else back["state"][:, :, 0]
 
 
 _delta_rule.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

@@ -1,0 +1,120 @@
+"""Mosaic GPU kernel (Hopper) for the chunks' triangular inverses of the delta rule, all chunks in parallel.
+
+With c the in-chunk cumulative log2 decay: T = (I + diag(beta) M)^-1, M = strictly lower (K K^T * 2^(c_i - c_j)). The
+inverse of the diagonal blocks of size 2b comes from those of size b: X <- X - (X L X)_off, with _off the lower left
+b x b blocks. Only inverses are multiplied, never powers of L. Operands are fp16: entries of the inverse stay moderate
+for beta |k|^2 <= 2, and three more bits than bf16 keep the error below that of storing it.
+
+Every multiprocessor holds one program, whose warpgroups take chunks in turn on their own: what bounds them is issuing
+instructions, so the masks of a level come from one comparison, and the next chunk is on its way meanwhile.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu.tiles import (
+    BLOCK,
+    CHUNK,
+    T_CONTRACT,
+    WGMMA,
+    add_products,
+    decayed_scores,
+    products,
+    rows,
+    tile,
+)
+
+PROGRAMS = 132  # multiprocessors of an H100 or H200
+GROUP = 3  # warpgroups of a program: 168 registers a thread; four spill
+
+
+def chunk_inverses(k, gates, *, decay, group=GROUP, interpret=None):
+    """T [B, H, N, 64, 64] bf16 of every chunk of k [B, T, H, K], from gates float32 [B, H, N, 2, 64]: c and beta."""
+    b_size, t_size, heads, k_size = k.shape
+    chunks = t_size // CHUNK
+    blocks = range(k_size // BLOCK)
+    items = b_size * heads * chunks
+    programs = min(PROGRAMS, pl.cdiv(items, group))
+    workers = programs * group
+    square = tile((group, CHUNK, CHUNK), jnp.float16)
+    scratch = dict(
+        k=tile((group, len(blocks), CHUNK, BLOCK), k.dtype),
+        x=square,
+        y=square,
+        gates=plgpu.SMEM((group, 2, CHUNK), jnp.float32),
+        out=tile((group, CHUNK, CHUNK), k.dtype),
+    )
+
+    def body(k_ref, gates_ref, out_ref, smem, loaded):
+        wg = lax.axis_index("wg")
+        worker = lax.axis_index("program") * group + wg
+        mine = lax.div(items - worker + workers - 1, jnp.int32(workers))
+        k_tiles, loaded = tuple(smem["k"].at[wg, b] for b in blocks), loaded.at[wg]
+        c_tile, out = smem["gates"].at[wg, 0], smem["out"].at[wg]
+
+        def place(i):
+            item = worker + i * workers
+            head = lax.div(item, jnp.int32(chunks))
+            return lax.div(head, jnp.int32(heads)), lax.rem(head, jnp.int32(heads)), lax.rem(item, jnp.int32(chunks))
+
+        def load(i):
+            batch, head, chunk = place(i)
+            for b in blocks:
+                src = k_ref.at[batch, pl.ds(chunk * CHUNK, CHUNK), head, pl.ds(b * BLOCK, BLOCK)]
+                plgpu.copy_gmem_to_smem(src, k_tiles[b], loaded)
+            plgpu.copy_gmem_to_smem(gates_ref.at[batch, head, chunk], smem["gates"].at[wg], loaded)
+
+        def times(left, right, ref):  # `ref` was last read before another tile was committed: no barrier is needed here
+            ref[...] = right
+            plgpu.commit_smem()
+            zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
+            return add_products((zero, left, ref), interpret=interpret)[0].astype(jnp.float16)
+
+        @pl.when(mine > 0)
+        def _():
+            load(0)
+
+        @pl.loop(0, mine)
+        def _(i):
+            plgpu.barrier_wait(loaded)
+            (scores,) = products((k_tiles, tuple(k.transpose(T_CONTRACT) for k in k_tiles)))
+            row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=WGMMA)
+            col = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=WGMMA)
+            c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
+            scores = jnp.where(row > col, decayed_scores(scores, c_row, c_tile if decay else None, False), 0.0)
+            scores = -(scores * rows(plgpu.load(smem["gates"].at[wg, 1], layout=WGMMA.reduce(1)), scores.shape))
+            minus = scores.astype(jnp.float16)
+            minus = plgpu.layout_cast(minus, WGMMA)
+            x = jnp.where(row == col, 1.0, jnp.where((row == col + 1) & ((row & 1) == 1), scores, 0.0))
+            x = plgpu.layout_cast(x.astype(jnp.float16), WGMMA)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()  # all have read this chunk
+
+            @pl.when(i + 1 < mine)
+            def _():
+                load(i + 1)
+
+            for level in range(1, 6):
+                z = times(x, times(minus, x, smem["x"].at[wg]), smem["y"].at[wg])
+                left_block = jnp.where(((row >> level) & 1) == 1, (row >> level) - 1, -1)
+                x = plgpu.layout_cast(jnp.where(left_block == (col >> level), z, x), WGMMA)
+            out[...] = x.astype(jnp.float32).astype(k.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out, out_ref.at[place(i)])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((b_size, heads, chunks, CHUNK, CHUNK), k.dtype),
+        scratch_types=(scratch, plgpu.Barrier(num_arrivals=1 + len(blocks), num_barriers=group)),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=group,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )(k, gates)
