@@ -273,11 +273,12 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
                        segments=segments)
     outs = {name: jax.ShapeDtypeStruct(q.shape, dtype) for name in ("dq", "dk", "da", "db")}
     outs["dg"] = jax.ShapeDtypeStruct(g.shape, g.dtype)
+    # Through global memory, since 24 bytes more of shared memory would halve the programs of a processor.
+    outs["kept"] = jax.ShapeDtypeStruct((b_size, heads, chunks, k_size), jnp.float32)
     values = ("v", "u", "do", "de")
     scratch = {name: [tile(SQUARE, dtype)] * n_v for name in (*values, "entering")}
     # R is spent before k and b are needed: with its tiles shared, two programs fit on a processor.
-    scratch |= {"leaving": [tile(SQUARE, dtype)] * 2, "q": tile(SQUARE, dtype), "a": tile(SQUARE, dtype),
-                "carried": plgpu.SMEM((BLOCK,), jnp.float32)}
+    scratch |= {"leaving": [tile(SQUARE, dtype)] * 2, "q": tile(SQUARE, dtype), "a": tile(SQUARE, dtype)}
 
     def body(*refs):
         names = (*operands, *outs)
@@ -299,60 +300,58 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
         q_tile, a_tile, k_tile, b_tile = smem["q"], smem["a"], *smem["leaving"]
         q_tile[...] = jnp.where(row >= col, 1.0, 0.0).astype(dtype)
         g_here = gmem["g"].at[batch, here, head, mine]
-        decays = load_decays(g_here)
-        c = cumulative(decays, q_tile, a_tile, exact=g.dtype == dtype, interpret=interpret)
-        before = c - decays * LOG2E
+        c = cumulative(load_decays(g_here), q_tile, a_tile, exact=g.dtype == dtype, interpret=interpret)
         plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(gmem["q"].at[batch, here, head, mine], q_tile, reads_loaded)
         plgpu.copy_gmem_to_smem(gmem["a"].at[batch, here, head, mine], a_tile, reads_loaded)
 
         plgpu.barrier_wait(loaded)
         kept = sum(jnp.sum(load(s) * load(r), axis=1) for s, r in zip(tiles["entering"], tiles["leaving"], strict=True))
-        smem["carried"][...] = kept if keep is None else kept * gmem["keep"][batch, chunk]
+        kept_here = gmem["kept"].at[batch, head, chunk, mine]
+        kept_here[...] = kept if keep is None else kept * gmem["keep"][batch, chunk]
         dk_state, db_state = products((tiles["v"], turned(tiles["leaving"])), (tiles["u"], turned(tiles["leaving"])))
         dk_state, db_state = seg.leaving(dk_state), seg.leaving(db_state)
         plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(gmem["k"].at[batch, here, head, mine], k_tile, writes_loaded)
         plgpu.copy_gmem_to_smem(gmem["b"].at[batch, here, head, mine], b_tile, writes_loaded)
 
+        def before():
+            return jnp.exp2(c - load_decays(g_here) * LOG2E)
+
         plgpu.barrier_wait(reads_loaded)
         q_tile[...] = (load(q_tile) * jnp.exp2(c)).astype(dtype)
-        a_tile[...] = (load(a_tile) * jnp.exp2(before)).astype(dtype)
+        a_tile[...] = (load(a_tile) * before()).astype(dtype)
         plgpu.commit_smem()
 
         def scores(left, right, keep, factor):
             score, = products((tiles[left], turned(tiles[right])))
             return jnp.where(seg.masked(keep), score * factor, 0.0).astype(dtype)
 
-        def within(first, second, x, y):
-            return add_products((zeros(), (first, second), (x, y)), interpret=interpret)[0]
-
-        def weigh(ref):
+        def write(name, ref, state):
+            """(gradient, change of reach, share in the state) of k or b; `ref` gets the weighted tokens."""
+            pair = scores(name, "do", row <= col, scale), scores(name, "de", row < col, 1.0)
+            inner, = add_products((zeros(), pair, (q_tile, a_tile)), interpret=interpret)
             weighted = (load(ref) * jnp.exp2(-c)).astype(dtype)
             ref[...] = weighted
-            return weighted.astype(jnp.float32)
+            weighted = weighted.astype(jnp.float32)
+            return ((inner + state) * jnp.exp2(-c)).astype(dtype), weighted * inner, weighted * state
 
-        dk = within(scores("v", "do", row <= col, scale), scores("v", "de", row < col, 1.0), q_tile, a_tile)
-        db = within(scores("u", "do", row <= col, scale), scores("u", "de", row < col, 1.0), q_tile, a_tile)
-        plgpu.barrier_wait(writes_loaded)
-        k_own, b_own = weigh(k_tile), weigh(b_tile)
-        plgpu.commit_smem()
-        reach = -k_own * dk - b_own * db
-        written = (k_own * dk_state + b_own * db_state).astype(dtype)
-        leave = jnp.exp2(-c)
-        dk, db = ((dk + dk_state) * leave).astype(dtype), ((db + db_state) * leave).astype(dtype)
-
-        def read(gradient, factor, keep):
+        def read(gradient, keep, factor):
+            pair = scores(gradient, "v", keep, factor), scores(gradient, "u", keep, factor)
             state, = products((tiles[gradient], turned(tiles["entering"])))
-            inner = within(scores(gradient, "v", keep, factor), scores(gradient, "u", keep, factor), k_tile, b_tile)
-            return inner + seg.entering(state) * factor
+            return add_products((seg.entering(state) * factor, pair, (k_tile, b_tile)), interpret=interpret)[0]
 
-        dq = read("do", scale, row >= col)
+        plgpu.barrier_wait(writes_loaded)
+        dk, reach, written = write("v", k_tile, dk_state)
+        db, reach_b, written_b = write("u", b_tile, db_state)
+        reach, written = -reach - reach_b, (written + written_b).astype(dtype)
+        plgpu.commit_smem()
+        dq = read("do", row >= col, scale)
         reach = reach + load(q_tile) * dq
         q_tile[...] = (dq * jnp.exp2(c)).astype(dtype)
-        da = read("de", 1.0, row > col)
+        da = read("de", row > col, 1.0)
         erased = load(a_tile) * da
-        a_tile[...] = (da * jnp.exp2(before)).astype(dtype)
+        a_tile[...] = (da * before()).astype(dtype)
         k_tile[...], b_tile[...] = dk, db
         plgpu.commit_smem()
         for name, ref in (("dq", q_tile), ("da", a_tile), ("dk", k_tile), ("db", b_tile)):
@@ -367,7 +366,7 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
         plgpu.commit_smem()
         after = strict.transpose(T_CONTRACT)
         dg, = products(((after, after, strict), (high, low, prefix)))
-        dg = dg + reach + columns(plgpu.load(smem["carried"], layout=WGMMA.reduce(0)), SQUARE)
+        dg = dg + reach + columns(plgpu.load(kept_here, layout=WGMMA.reduce(0), optimized=False), SQUARE)
         given = plgpu.load(g_here, layout=WGMMA, optimized=False).astype(jnp.float32)
         gmem["dg"].at[batch, here, head, mine][...] = jnp.where(given >= MIN_LOG_DECAY, dg, 0.0).astype(g.dtype)
         plgpu.wait_smem_to_gmem(0)
@@ -377,6 +376,6 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
         scratch_types=(scratch, plgpu.Barrier(num_arrivals=6 * n_v), plgpu.Barrier(num_arrivals=2),
                        plgpu.Barrier(num_arrivals=2)),
         grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(*operands.values())
     return dict(zip(outs, got, strict=True))
