@@ -106,16 +106,22 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("preset", ["cpu", "gpu"])
-def test_sweep(preset):
+@pytest.mark.parametrize(("preset", "baselines", "others"), [("cpu", 3, 12), ("gpu", 3, 1), ("interventions", 1, 12)])
+def test_sweep(preset, baselines, others):
     cells = get_sweep(preset)
-    assert len(cells) == 28 and {cell.axes["seed"] for cell in cells} == {0, 1}
-    assert sum(cell.axes["intervention"] == "baseline" for cell in cells) == 6
+    assert len(cells) == 2 * (baselines + others) and {cell.axes["seed"] for cell in cells} == {0, 1}
+    assert sum(cell.axes["intervention"] == "baseline" for cell in cells) == 2 * baselines
     assert {cell.axes["size"] for cell in cells if cell.axes["intervention"] != "baseline"} == {"middle"}
-    values = get_config(preset).to_dict()
-    for key, value in cells[4].overrides.items():
-        set_path(values, key, value)
-    assert values["model"]["mixers"]["attention"]["weights_length"] == values["train"]["seq_len"]
+    for cell in cells:
+        values = get_config(preset).to_dict()
+        for key, value in cell.overrides.items():
+            set_path(values, key, value)
+        attention, train = values["model"]["mixers"]["attention"], values["train"]
+        assert attention.get("weights_length", train["seq_len"]) == train["seq_len"]
+        assert (values["data"]["pack"] == "stream") == (cell.axes["intervention"] == "no_bos")
     assert load("configs/interventions.py:clipped_softmax").probes.every == 100
-    with pytest.raises(ConfigError, match="massive_activations.py:tpu: no such preset; .*allowed: cpu, gpu, lr"):
+
+
+def test_an_unknown_preset_is_refused_by_name():
+    with pytest.raises(ConfigError, match="massive_activations.py:tpu: no such preset; .*allowed: cpu, gpu, interv"):
         get_sweep("tpu")
