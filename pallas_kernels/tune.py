@@ -51,7 +51,7 @@ def diagonal_candidates(inputs, outputs):
     for channels, piece, vector, limit in itertools.product((16, 32, 64, 128), (7, 15), (2, 4), limits):
         configs = [diagonal_scan.Config(channels, piece, stages, vector) for stages in range(2, 13)]
         configs = [c for c in configs if diagonal_scan.shared_memory(c, inputs, outputs) <= limit]
-        yield from configs[-1:]
+        yield from [c for c in configs[-1:] if diagonal_scan.rows(c) <= diagonal_scan.MAX_ROWS]
 
 
 CASES = {"diagonal_scan": diagonal_scan_cases}

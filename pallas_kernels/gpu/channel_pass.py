@@ -383,8 +383,12 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
             whole("do")[0][...], whole("dv")[0][...] = w_low, w_erase_low
         dy, = products((whole("v"), turned("leaving")))
         dy = dy * levels.decay(row < col)
-        written = smem["leaving"][0]
-        written[...] = (k_own * dy).astype(dtype)
+        written = [smem["leaving"][0]]
+        if erase:  # k * dy cancels as the scores do
+            written.append(whole("v")[0])
+            written[0][...], written[1][...] = two_parts(k_own * dy, dtype)
+        else:
+            written[0][...] = (k_own * dy).astype(dtype)
         plgpu.commit_smem()
         dk = dk + dy
 
@@ -414,15 +418,13 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
             return dq, dk, dlog
 
         dq, dk, dlog = lax.fori_loop(0, LEVELS, level, (dq, dk, dlog))
-        high, low, before = smem["do"][0], levels.z, smem["v"].at[0]
-        rounded = dlog.astype(dtype)
-        high[...] = rounded  # terms of dlog cancel: 16 bits of them
-        low[...] = (dlog - rounded.astype(jnp.float32)).astype(dtype)
+        high, low, before = smem["do"][0], levels.z, whole("dv" if erase else "v")[0]
+        high[...], low[...] = two_parts(dlog, dtype)  # terms of dlog cancel: 16 bits of them
         before[...] = jnp.where(row > col, 1.0, 0.0).astype(dtype)
         plgpu.commit_smem()
         # With the triangle of ones in registers some rows came out as infinities on the GPU (docs/kernels_gpu.md).
         after = before.transpose(T_CONTRACT)
-        dg, = products(((after, after, before), (high, low, written)))
+        dg, = products(((after, after, *(before for _ in written)), (high, low, *written)))
         dg = dg + dlog + columns(plgpu.load(smem["carried"], layout=WGMMA.reduce(0)), SQUARE)
         alive = plgpu.load(g_here, layout=WGMMA, optimized=False).astype(jnp.float32) > MIN_LOG_DECAY
         gmem["dg"].at[batch, here, head, mine][...] = jnp.where(alive, dg, 0.0).astype(g.dtype)

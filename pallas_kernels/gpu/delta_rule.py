@@ -39,13 +39,6 @@ def supports(q, k, v, beta=None, log_decay=None, *, chunk_size=None, **_):
     return None
 
 
-def supports_unnamed(*, log_decay=None, **arguments):
-    """As `supports`, for calls that name no implementation."""
-    if log_decay is not None and log_decay.ndim == 4:
-        return "decays per channel run when named only, until all of their tests have passed on a GPU"
-    return supports(log_decay=log_decay, **arguments)
-
-
 def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segment_ids=None, interpret=None):
     """S' = exp(log_decay_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, o_t = scale S_t^T q_t.
 

@@ -27,6 +27,7 @@ LOG2_E = 1.4426950408889634
 THREADS = 128
 PROGRAMS = 132  # multiprocessors of an H100 or H200
 MEMORY = 220 * 1024  # shared memory of one, bytes
+MAX_ROWS = 256  # of one transfer by the copy engine
 
 
 class Config(NamedTuple):
@@ -90,6 +91,11 @@ def _vjp_backward(config, interpret, residuals, cotangents):
 _scan.defvjp(_vjp_forward, _vjp_backward)
 
 
+def rows(config):
+    """Tokens of a tile."""
+    return THREADS * config.vector // config.channels * config.piece
+
+
 def shared_memory(config, inputs, outputs):
     """Bytes of a program for arrays of the given dtypes."""
     per_piece = THREADS * config.vector
@@ -127,7 +133,7 @@ class _Walk:
         self.batch, self.length, self.width = shape
         self.config, self.reverse, self.interpret = config, reverse, interpret
         self.pieces = THREADS * config.vector // config.channels
-        self.rows = self.pieces * config.piece
+        self.rows = rows(config)
         self.tiles = pl.cdiv(self.length, self.rows)
         self.layout = plgpu.Layout.WG_STRIDED((self.pieces, config.channels), vec_size=config.vector)
 

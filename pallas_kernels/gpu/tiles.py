@@ -143,7 +143,7 @@ def unit_lower_inverse(lower, tile, *, interpret):
 
 
 def refined_inverse(x, lower, tile, *, interpret):
-    """X + X (I - X - lower X): `unit_lower_inverse` to float32's digits, where the inverse itself would be multiplied."""
+    """X + X (I - X - lower X): the inverse x of `unit_lower_inverse` to nearly float32's digits."""
     row = plgpu.broadcasted_iota(jnp.int32, lower.shape, 0, layout=WGMMA)
     col = plgpu.broadcasted_iota(jnp.int32, lower.shape, 1, layout=WGMMA)
     x16 = x.astype(jnp.float16)

@@ -1,4 +1,4 @@
-"""What the tests of the GPU kernels share: a Hopper to lower for, errors against the float64 token loops, bit equality."""
+"""What the tests of GPU kernels share: a Hopper to lower for, errors against the float64 token loops, bit equality."""
 import functools
 import os
 

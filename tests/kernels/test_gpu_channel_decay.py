@@ -1,13 +1,12 @@
 """Hopper kernels of linear attention with a decay per channel: lowered, interpreted on CPU, run on a GPU if any."""
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import reference
-from pallas_kernels.gpu import delta_rule, pieces
 from pallas_kernels.gpu import linear_attention as gpu
+from pallas_kernels.gpu import pieces
 from tests.kernels.gpu_checks import (
     as_written,
     assert_causal_and_repeatable,
@@ -100,15 +99,3 @@ def test_gpu_very_long_sequence():
 def test_gpu_output_is_bitwise_causal_and_repeatable():
     arrays, *cotangents = make(1, 1024, 2, 128, 128)
     assert_causal_and_repeatable(gpu.linear_attention, arrays, tuple(cotangents), scale=0.1)
-
-
-@pytest.mark.parametrize("module, other", [(gpu, {}), (delta_rule, {"beta": None})])
-def test_decays_per_channel_are_chosen_by_name_only(module, other, monkeypatch):
-    """Until all of their tests have passed on a GPU."""
-    monkeypatch.setattr(module, "not_hopper", lambda: None)
-    q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
-    per_token = jax.ShapeDtypeStruct((1, 64, 2), jnp.float32)
-    arguments = {"q": q, "k": q, "v": q, **other}
-    assert module.supports(**arguments, log_decay=q) is None
-    assert "when named only" in module.supports_unnamed(**arguments, log_decay=q)
-    assert module.supports_unnamed(**arguments, log_decay=per_token) is module.supports_unnamed(**arguments) is None

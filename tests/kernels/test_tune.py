@@ -43,6 +43,7 @@ def test_defaults_and_candidates_fit(shape, dtype):
         configs = [diagonal_scan.default_config(shape, inputs, outputs), *tune.diagonal_candidates(inputs, outputs)]
         assert len(configs) > 10
         assert all(diagonal_scan.shared_memory(c, inputs, outputs) <= diagonal_scan.MEMORY for c in configs)
+        assert all(diagonal_scan.rows(c) <= diagonal_scan.MAX_ROWS for c in configs)
 
 
 @pytest.mark.parametrize("flags, message", [
