@@ -99,6 +99,8 @@ def mean_interval(values, level: float = 0.95) -> tuple[float, float, float]:
 
 def differences(rows: pd.DataFrame, base: str, level: float = 0.95) -> pd.DataFrame:
     """loss - loss of `base` in nats for each size and arm: mean over seeds with lo, hi, and the number of seeds."""
+    if rows.empty:
+        raise DataError("--store: has no finished run of the stage 'seeds'")
     if base not in set(rows["arch"]):
         raise DataError(f"--base {base!r}: no finished run of it; there are {', '.join(sorted(set(rows['arch'])))}")
     out = []

@@ -76,6 +76,17 @@ def curves(rows: pd.DataFrame, at: str = "held", first: float = 0.0) -> dict[tup
     return dict(sorted(out.items(), key=lambda item: (item[0][0], item[1]["N"].iloc[0], item[0][1])))
 
 
+def chosen(rows: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The rows that satisfy a pandas query. Raises DataError."""
+    try:
+        found = rows[rows.eval(where).astype(bool)]
+    except Exception as error:  # pandas raises many kinds
+        raise DataError(f"--where {where!r}: not a query over the columns ({error})") from None
+    if found.empty:
+        raise DataError(f"--where {where!r}: no row satisfies it")
+    return found
+
+
 def label(key: tuple, rows: pd.DataFrame) -> str:
     return f"{key[0]} {rows['N'].iloc[0] / 1e6:.2g}M ({key[1]} x {key[2]})"
 
@@ -192,7 +203,10 @@ def last(rows: pd.DataFrame, at: str = "rise") -> pd.DataFrame:
 
 
 def fit_ratio(rows: pd.DataFrame, activation: str = "relu", at: str = "rise", bootstrap: int = 200) -> Fit:
-    """The broken line sparsing_limit through the last checkpoints of an activation, A there in place of its limit."""
+    """The broken line sparsing_limit through the last checkpoints of an activation, A there in place of its limit.
+
+    Rows should be of about one size, `rows.query("7e5 < N < 8e5")`: A depends on it.
+    """
     mine = last(rows, at)
     mine = mine[mine["activation"] == activation].rename(columns={"ratio": "r", "active": "A0"})
     table = load_table(mine[["r", "A0"]], required=("r", "A0"), duplicates="keep")
@@ -203,10 +217,13 @@ def text(fits: dict, found: dict) -> str:
     """A line for each curve: parameters with intervals, or why they are not determined."""
     lines = []
     for key, curve in fits.items():
-        values = ", ".join(f"{name} {with_interval(entry)}" for name, entry in curve.fit.params.items())
-        refused = f"; refused: {curve.refused}" if curve.refused else ""
-        lines.append(f"{label(key, found[key])}, {found[key]['run_id'].nunique()} runs: {values}{refused}")
+        lines.append(f"{label(key, found[key])}, {found[key]['run_id'].nunique()} runs: {fit_text(curve.fit)}")
     return "\n".join(lines)
+
+
+def fit_text(fit: Fit) -> str:
+    values = ", ".join(f"{name} {with_interval(entry)}" for name, entry in fit.params.items())
+    return values + (f"; refused: {fit.refused}" if fit.refused else "")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -214,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--rows", required=True, nargs="+", metavar="JSONL", help="made by efficient_lm.sparsity")
     out.add_argument("--at", default="held", choices=("held", "rise", "zero"), help="which rows make A(D) (held)")
     out.add_argument("--first", type=float, default=0.0, metavar="TOKENS", help="leave out checkpoints before")
+    out.add_argument("--where", metavar="QUERY", help='pandas query that a row must satisfy, e.g. "7e5 < N < 8e5"')
     out.add_argument("--compare", metavar="ARM", help="compare arms that share their starts with this one instead")
     out.add_argument("--save", metavar="ROWS.JSONL", help="write what was read, each measurement once, and no fits")
     out.add_argument("--svg", metavar="PREFIX", help="write PREFIX{curves,loss,ratio,layers}.svg")
@@ -222,6 +240,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     rows = load(args.rows)
+    if args.where:
+        rows = chosen(rows, args.where)
     if args.save:
         rows.drop(columns="ratio").to_json(args.save, orient="records", lines=True)
         print(f"wrote {args.save}: {len(rows)} rows of {rows['run_id'].nunique()} runs")
@@ -233,6 +253,8 @@ def main(args: argparse.Namespace) -> None:
     fits = fit_curves(found)
     print(as_text(ends(found)))
     print(text(fits, found))
+    if rows.loc[rows["activation"] == "relu", "ratio"].nunique() > 2:
+        print("ReLU in width/depth: " + fit_text(fit_ratio(rows)))
     if args.svg:
         from analysis import sparsity_plot  # matplotlib is slow to import
 

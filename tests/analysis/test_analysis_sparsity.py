@@ -117,6 +117,14 @@ def test_rows_that_are_none_are_refused(tmp_path):
         sparsity.load([tmp_path / "none"])
 
 
+def test_a_query_chooses_rows(rows):
+    frame = sparsity.load([rows])
+    assert set(sparsity.chosen(frame, "activation == 'relu' and D > 1e7")["activation"]) == {"relu"}
+    for where, message in (("foo > 1", "not a query"), ("D > 1e9", "no row"), ("D >", "not a query")):
+        with pytest.raises(DataError, match=f"--where '{where}': {message}"):
+            sparsity.chosen(frame, where)
+
+
 @pytest.fixture
 def arms():
     """Arm 'b' is best at lr 2 and is then better than 'a' by 0.02; seed 9, whose losses are far off, says so."""
@@ -206,3 +214,5 @@ def test_a_base_that_is_not_there_is_refused(arms):
         activations.differences(arms, "c")
     with pytest.raises(DataError, match="no finished run"):
         activations.finished(arms.assign(status="failed"))
+    with pytest.raises(DataError, match="no finished run of the stage 'seeds'"):
+        activations.differences(activations.compared(arms[arms["stage"] == "rates"]), "a")
