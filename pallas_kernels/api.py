@@ -70,6 +70,16 @@ def _run(op, implementation, arrays, *, output_final_state, chunk_size, **option
     return o, final_state if output_final_state else None
 
 
+def _gpu_kernel(op, implementation, arrays, chunk_size):
+    """The GPU kernel of an operator that runs on `linear_attention` elsewhere, or None."""
+    asked = dict(arrays, chunk_size=chunk_size)
+    if implementation is None:
+        chosen = dispatch.automatic(op, asked)
+    else:
+        chosen = dispatch.choose(op, implementation, asked) if implementation == "pallas_gpu" else None
+    return chosen and chosen[1]
+
+
 def linear_attention(q, k, v, log_decay=None, *, scale=None, bonus=None, normalise=False, initial_state=None,
                      segment_ids=None, output_final_state=False, chunk_size=None, implementation=None):
     """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
@@ -83,7 +93,8 @@ def linear_attention(q, k, v, log_decay=None, *, scale=None, bonus=None, normali
         o_t = scale (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t; S_t as above. RWKV-6 (2404.05892), which has scale = 1.
       normalise: divides o_t by scale z_t . q_t + 1e-10, where z_t = exp(log_decay_t) z_{t-1} + k_t (2006.16236); for q
         and k that are not negative. z is one more value channel, of ones: states are [B, H, K, V + 1] with z last, and
-        a bonus counts in the normaliser too. Computed in float32.
+        a bonus counts in the normaliser too. Computed in float32, but for a kernel of 'pallas_gpu' that wants bfloat16
+        and has neither a bonus nor a decay per channel.
       chunk_size: tokens per chunk (a power of two up to 256), None = chosen for the platform.
       Others: see the module's conventions.
     """
@@ -105,6 +116,11 @@ def linear_attention(q, k, v, log_decay=None, *, scale=None, bonus=None, normali
                     chunk_size=chunk_size)
     if bonus is None and not normalise:
         return run(q, k, v)
+    if bonus is None and (log_decay is None or log_decay.ndim < 4):
+        arrays = dict(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids)
+        if kernel := _gpu_kernel("normalised_linear_attention", implementation, arrays, chunk_size):
+            o, final_state = kernel(**arrays, scale=scale)
+            return o, final_state if output_final_state else None
     return readout.linear_attention(run, q, k, v, **readout_options)
 
 
@@ -202,16 +218,11 @@ def mlstm(q, k, v, input_gate, forget_gate, *, input_activation="exp", scale=Non
     if implementation == "reference":
         o, state = reference.mlstm(q, k, v, input_gate, forget_gate, **options)
         return o, state if output_final_state else None
-    if input_activation == "exp" and implementation in (None, "pallas_gpu"):
+    if input_activation == "exp":
         arrays = dict(q=q, k=k, v=v, input_gate=input_gate, forget_gate=forget_gate, initial_state=initial_state,
                       segment_ids=segment_ids)
-        asked = dict(arrays, chunk_size=chunk_size)
-        if implementation is None:
-            kernel = dispatch.automatic("mlstm", asked)
-        else:
-            kernel = dispatch.choose("mlstm", implementation, asked)
-        if kernel is not None:
-            o, state = kernel[1](**arrays, scale=options["scale"])
+        if kernel := _gpu_kernel("mlstm", implementation, arrays, chunk_size):
+            o, state = kernel(**arrays, scale=options["scale"])
             return o, state if output_final_state else None
     run = functools.partial(linear_attention, chunk_size=chunk_size, implementation=implementation)
     return _mlstm.mlstm(run, q, k, v, input_gate, forget_gate, output_final_state=output_final_state, **options)
@@ -309,15 +320,18 @@ def grouped_matmul(lhs, rhs, group_sizes, *, implementation=None):
 
     Args:
       lhs: [M, K] with the rows of group 0 first, then those of group 1, ...; y has its dtype.
-      rhs: [E, K, N].
+      rhs: [E, K, N], or a tuple of such arrays: y then holds their products side by side, [M, N + N + ...].
       group_sizes: [E] integers, zeros allowed, with a sum of at most M; rows behind the last group give zeros.
       implementation: see the module's conventions. No implementation drops rows.
     """
     if lhs.ndim != 2 or lhs.shape[0] == 0:
         _fail("lhs.shape", lhs.shape, "must be [M, K] with at least one row")
-    if rhs.ndim != 3 or rhs.shape[1] != lhs.shape[1]:
-        _fail("rhs.shape", rhs.shape, f"must be [E, K, N] with K = {lhs.shape[1]}")
-    _check_shape("group_sizes", group_sizes, rhs.shape[:1])
+    rhs = rhs if isinstance(rhs, tuple) else (rhs,)
+    for one in rhs:
+        if one.ndim != 3 or one.shape[1] != lhs.shape[1]:
+            _fail("rhs.shape", one.shape, f"must be [E, K, N] with K = {lhs.shape[1]}")
+        _check_shape("rhs", one, rhs[0].shape)
+    _check_shape("group_sizes", group_sizes, rhs[0].shape[:1])
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         _fail("group_sizes.dtype", group_sizes.dtype, "must be an integer type")
     arrays = dict(lhs=lhs, rhs=rhs, group_sizes=group_sizes)

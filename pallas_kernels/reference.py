@@ -97,6 +97,7 @@ def causal_conv1d(x, weight, bias=None, *, activation=None, initial_state=None, 
 
 def grouped_matmul(lhs, rhs, group_sizes):
     """See `pallas_kernels.api.grouped_matmul`: all rows times the matrix of every group, masked."""
+    rhs = jnp.concatenate(rhs, axis=2)
     acc, out = steps.accumulation_dtype(lhs, rhs), lhs.dtype
     rows, ends = jnp.arange(lhs.shape[0])[:, None], jnp.cumsum(group_sizes)
 

@@ -103,19 +103,24 @@ class Bank(nnx.Module):
 
     def dense(self, x):
         """[N, d] or [E, N, d] -> [E, N, d]: every expert on all tokens, or on its own."""
-        return self._apply(jnp.matmul, x)
+        return self._apply(lambda x, kernels: jnp.concatenate([x @ kernel for kernel in kernels], axis=-1), x)
 
     def grouped(self, x, sizes):
         """Rows [S, d] sorted by expert, `sizes` [E] rows each -> [S, d]."""
-        return self._apply(lambda x, kernel: api.grouped_matmul(x, kernel, sizes, implementation=self.product), x)
+        return self._apply(lambda x, kernels: api.grouped_matmul(x, kernels, sizes, implementation=self.product), x)
 
     def _apply(self, product, x):
-        def through(layer, x):
-            return product(x, layer.kernel[...].astype(x.dtype))
+        """product(x, matrices): the products with matrices [E, d_in, d_out] side by side."""
 
-        up = through(self.up, x)
-        hidden = self.act(up) if self.gate is None else self.act(through(self.gate, x)) * up
-        return through(self.down, hidden)
+        def through(x, *layers):
+            return product(x, tuple(layer.kernel[...].astype(x.dtype) for layer in layers))
+
+        if self.gate is None:
+            hidden = self.act(through(x, self.up))
+        else:
+            up, gate = jnp.split(through(x, self.up, self.gate), 2, axis=-1)
+            hidden = self.act(gate) * up
+        return through(hidden, self.down)
 
 
 @FFNS.register("moe")

@@ -27,10 +27,13 @@ def supports(*, lhs, rhs, **_):
     """None where `grouped_matmul` takes these arrays, else why not, in one line."""
     if reason := not_hopper():
         return reason
-    if not lhs.dtype == rhs.dtype or lhs.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"lhs and rhs must both be bfloat16 or float16, got {lhs.dtype}, {rhs.dtype}"
-    if rhs.shape[1] % 128 or rhs.shape[2] % 128:
-        return f"K and N must be multiples of 128, got {rhs.shape[1]}, {rhs.shape[2]}"
+    first = rhs[0]
+    if not lhs.dtype == first.dtype or lhs.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"lhs and rhs must both be bfloat16 or float16, got {lhs.dtype}, {first.dtype}"
+    if first.shape[1] % 128 or first.shape[2] % 128:
+        return f"K and N must be multiples of 128, got {first.shape[1]}, {first.shape[2]}"
+    if lhs.shape[0] % 8:
+        return f"M must be a multiple of 8, got {lhs.shape[0]}"
     return None
 
 
@@ -48,7 +51,8 @@ def group_bounds(group_sizes):
 
 @jax.custom_vjp
 def _product(lhs, rhs, bounds):
-    return rows_times(lhs, rhs, bounds, transpose=False)
+    # In a loop over layers XLA would run the kernel a second time to write what is saved for the backward pass.
+    return lax.optimization_barrier(rows_times(lhs, rhs, bounds, transpose=False))
 
 
 def _forward(lhs, rhs, bounds):
@@ -57,7 +61,7 @@ def _forward(lhs, rhs, bounds):
 
 def _backward(residuals, dy):
     lhs, rhs, bounds = residuals
-    return rows_times(dy, rhs, bounds, transpose=True), outer_products(lhs, dy, bounds), None
+    return rows_times(dy, rhs, bounds, transpose=True), outer_products(lhs, dy, bounds, parts=len(rhs)), None
 
 
 _product.defvjp(_forward, _backward)
@@ -101,8 +105,8 @@ def _for_items(items, one):
     return lax.fori_loop(0, mine, lambda i, step: one(sm + i * PROGRAMS, step), jnp.int32(0))
 
 
-def _load(copies, smem, full, empty, stages, step, steps):
-    """The loading warpgroup brings operands copies(i), i < `steps`, into the ring: the step after the last."""
+def _load(bring, full, empty, stages, step, steps):
+    """The loading warpgroup brings the operands of steps i < `steps` into the ring, bring(i, slot): the step after."""
 
     @pl.loop(0, steps)
     def _(i):
@@ -112,9 +116,7 @@ def _load(copies, smem, full, empty, stages, step, steps):
         def _():
             plgpu.barrier_wait(empty.at[slot])
 
-        left, right = copies(i)
-        plgpu.copy_gmem_to_smem(left, smem["left"].at[slot], full.at[slot])
-        plgpu.copy_gmem_to_smem(right, smem["right"].at[slot], full.at[slot])
+        bring(i, slot)
 
     return step + steps
 
@@ -124,6 +126,12 @@ def _store(y, smem, gmem):
     smem[...] = y.astype(smem.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem, gmem)
+
+
+def _in_part(refs, at, per_part, act):
+    """act(ref, at within it) for the one of `refs` with `per_part` units each, side by side, that unit `at` is in."""
+    for part, ref in enumerate(refs):
+        pl.when(lax.div(at, jnp.int32(per_part)) == part)(functools.partial(act, ref, at - part * per_part))
 
 
 def _multiply(product, first, last, *, full, empty, stages, offset):
@@ -174,17 +182,24 @@ def _drain(empty, stages, total):
 
 
 def rows_times(lhs, rhs, bounds, *, transpose, interpret=None):
-    """Rows of lhs [M, K] times the matrix of their group, rhs [E, K, N], or with `transpose` [E, N, K] transposed."""
+    """Rows of lhs times the matrices of their group, a tuple of P arrays rhs.
+
+    lhs [M, K], rhs [E, K, N]: [M, P N], the products side by side. With `transpose` lhs [M, P K], rhs [E, N, K]: the
+    sum of the products of each K columns with a matrix transposed, [M, N].
+    """
     m, k_size = lhs.shape
-    n_size = rhs.shape[1 if transpose else 2]
-    columns = _columns(n_size)
+    parts = len(rhs)
+    n_part = rhs[0].shape[1 if transpose else 2]  # columns of one product
+    n_size = n_part if transpose else parts * n_part
+    columns = _columns(n_part)
     blocks, n_blocks, steps = pl.cdiv(m, ROWS), n_size // columns, k_size // INNER
+    per_part = k_size // parts // INNER if transpose else n_part // columns  # steps, or blocks of columns
     low = jnp.arange(blocks)[:, None] * ROWS
     # first group of each block of rows and the group after its last; groups without rows may lie between
     spans = jnp.stack([jnp.sum(bounds[1] <= low, 1), jnp.sum(bounds[0] < low + ROWS, 1)]).astype(jnp.int32)
 
     def body(refs, smem, full, empty, stages):
-        lhs, rhs, bounds, spans, out = refs
+        lhs, *rhs, bounds, spans, out = refs
         wg = lax.axis_index("wg")
 
         def for_tiles(item):
@@ -211,12 +226,18 @@ def rows_times(lhs, rhs, bounds, *, transpose, interpret=None):
 
             def item(step, block, column):
                 def product(step, group, *_):
-                    def copies(i):
-                        inner, outer = pl.ds(i * INNER, INNER), pl.ds(column * columns, columns)
-                        matrix = rhs.at[group, outer, inner] if transpose else rhs.at[group, inner, outer]
-                        return lhs.at[pl.ds(block * ROWS, ROWS), inner], matrix
+                    def bring(i, slot):
+                        def bring_matrix(matrix, at):
+                            inner = pl.ds((at if transpose else i) * INNER, INNER)
+                            outer = pl.ds((column if transpose else at) * columns, columns)
+                            there = matrix.at[group, outer, inner] if transpose else matrix.at[group, inner, outer]
+                            plgpu.copy_gmem_to_smem(there, smem["right"].at[slot], full.at[slot])
 
-                    return _load(copies, smem, full, empty, stages, step, steps)
+                        rows, inner = pl.ds(block * ROWS, ROWS), pl.ds(i * INNER, INNER)
+                        plgpu.copy_gmem_to_smem(lhs.at[rows, inner], smem["left"].at[slot], full.at[slot])
+                        _in_part(rhs, i if transpose else column, per_part, bring_matrix)
+
+                    return _load(bring, full, empty, stages, step, steps)
 
                 return for_groups(product, step, block)
 
@@ -270,17 +291,18 @@ def rows_times(lhs, rhs, bounds, *, transpose, interpret=None):
 
     right = (columns, INNER) if transpose else (INNER, columns)
     out = jax.ShapeDtypeStruct((m, n_size), lhs.dtype)
-    return _launch(body, out, columns, (ROWS, INNER), right, (lhs, rhs, bounds, spans), interpret)
+    return _launch(body, out, columns, (ROWS, INNER), right, (lhs, *rhs, bounds, spans), interpret)
 
 
-def outer_products(lhs, dy, bounds, *, interpret=None):
-    """lhs_g^T dy_g of each group g: [E, K, N] of lhs [M, K] and dy [M, N]."""
+def outer_products(lhs, dy, bounds, *, parts=1, interpret=None):
+    """lhs_g^T dy_g of each group g, lhs [M, K] and dy [M, parts N]: a tuple of `parts` arrays [E, K, N]."""
     k_size, n_size, groups = lhs.shape[1], dy.shape[1], bounds.shape[1]
-    columns = _columns(n_size)
+    columns = _columns(n_size // parts)
+    per_part = n_size // parts // columns
     k_blocks, n_blocks = k_size // ROWS, n_size // columns
 
     def body(refs, smem, full, empty, stages):
-        lhs, dy, bounds, out = refs
+        lhs, dy, bounds, *out = refs
         wg = lax.axis_index("wg")
 
         def for_tiles(item):
@@ -302,11 +324,13 @@ def outer_products(lhs, dy, bounds, *, interpret=None):
             plgpu.set_max_registers(40, action="decrease")
 
             def item(step, place, rows, steps):
-                def copies(i):
+                def bring(i, slot):
                     here = pl.ds(pl.multiple_of(rows[0] + i * INNER, 8), INNER)
-                    return lhs.at[here, pl.ds(place[1] * ROWS, ROWS)], dy.at[here, pl.ds(place[2] * columns, columns)]
+                    left, right = pl.ds(place[1] * ROWS, ROWS), pl.ds(place[2] * columns, columns)
+                    plgpu.copy_gmem_to_smem(lhs.at[here, left], smem["left"].at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(dy.at[here, right], smem["right"].at[slot], full.at[slot])
 
-                return _load(copies, smem, full, empty, stages, step, steps)
+                return _load(bring, full, empty, stages, step, steps)
 
             _drain(empty, stages, for_tiles(item))
 
@@ -335,12 +359,20 @@ def outer_products(lhs, dy, bounds, *, interpret=None):
 
                 y = pl.run_scoped(multiply, plgpu.ACC((HALF, columns)))
                 group, row, column = place
-                there = out.at[group, pl.ds(row * ROWS + wg * HALF, HALF), pl.ds(column * columns, columns)]
-                _store(y, smem["out"].at[mine], there)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                result = smem["out"].at[mine]
+                result[...] = y.astype(result.dtype)
+                plgpu.commit_smem()
+
+                def store(out, column):
+                    here = pl.ds(row * ROWS + wg * HALF, HALF), pl.ds(column * columns, columns)
+                    plgpu.copy_smem_to_gmem(result, out.at[group, *here])
+
+                _in_part(out, column, per_part, store)
                 return step + steps
 
             for_tiles(item)
             plgpu.wait_smem_to_gmem(0)
 
-    out = jax.ShapeDtypeStruct((groups, k_size, n_size), lhs.dtype)
+    out = (jax.ShapeDtypeStruct((groups, k_size, n_size // parts), lhs.dtype),) * parts
     return _launch(body, out, columns, (INNER, ROWS), (INNER, columns), (lhs, dy, bounds), interpret)

@@ -10,7 +10,7 @@ TILES = (128, 128, 128)  # of rows, K, N
 
 def supports(*, lhs, rhs, **_):
     """None where the kernel serves the call, else why not."""
-    for x in (lhs, rhs):
+    for x in (lhs, *rhs):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"dtype {x.dtype}: float32 or bfloat16"
     return None
@@ -18,6 +18,7 @@ def supports(*, lhs, rhs, **_):
 
 def grouped_matmul(lhs, rhs, group_sizes, *, interpret=None):
     """See `pallas_kernels.api.grouped_matmul`."""
+    rhs = jnp.concatenate(rhs, axis=2)
     rows, total = lhs.shape[0], jnp.sum(group_sizes)
     # The kernel wants whole tiles of rows, each in some group: rows of none go to the last group as zeros.
     lhs = jnp.where(jnp.arange(rows)[:, None] < total, lhs, 0)

@@ -62,6 +62,7 @@ def _rows(x, index):
 
 def grouped_matmul(lhs, rhs, group_sizes):
     """See `pallas_kernels.api.grouped_matmul`."""
+    rhs = jnp.concatenate(rhs, axis=2)
     tiles = make_tiles(group_sizes, lhs.shape[0], tile_size(lhs.shape[0], rhs.shape[0]))
     return _product(lhs, rhs, tiles)
 

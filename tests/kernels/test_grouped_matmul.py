@@ -96,7 +96,7 @@ def test_tpu_kernel_lowers(dtype):
         for shape, kind in (((500, 256), dtype), ((6, 256, 384), dtype), ((6,), jnp.int32))
     )
     grad = jax.grad(
-        lambda lhs, rhs, sizes: jnp.sin(tpu.grouped_matmul(lhs, rhs, sizes, interpret=False)).sum(), argnums=(0, 1)
+        lambda lhs, rhs, sizes: jnp.sin(tpu.grouped_matmul(lhs, (rhs,), sizes, interpret=False)).sum(), argnums=(0, 1)
     )
     text = jax.jit(grad).trace(lhs, rhs, sizes).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= 3
@@ -104,13 +104,13 @@ def test_tpu_kernel_lowers(dtype):
 
 @as_written
 @pytest.mark.quick
-@pytest.mark.parametrize("rows, k, n", [(1000, 256, 128), (40, 128, 512)])
-def test_gpu_kernels_lower(rows, k, n):
+@pytest.mark.parametrize("rows, k, n, matrices", [(1000, 256, 128, 1), (40, 128, 512, 2)])
+def test_gpu_kernels_lower(rows, k, n, matrices):
     """Mosaic GPU takes the product and both gradients."""
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     grad = jax.grad(lambda *a: jnp.sin(gpu.grouped_matmul(*a).astype(jnp.float32)).sum(), argnums=(0, 1))
     with jax.sharding.use_abstract_mesh(HOPPER):
-        arrays = bf16((rows, k)), bf16((7, k, n)), jax.ShapeDtypeStruct((7,), jnp.int32)
+        arrays = bf16((rows, k)), (bf16((7, k, n)),) * matrices, jax.ShapeDtypeStruct((7,), jnp.int32)
         text = jax.jit(grad).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 3
 
@@ -118,16 +118,17 @@ def test_gpu_kernels_lower(rows, k, n):
 @as_written
 @pytest.mark.parametrize("sizes", [[40, 0, 130, 60], [0, 256, 0, 0]])
 def test_gpu_kernels_interpreted(sizes, monkeypatch, capsys):
-    """Groups that begin and end inside tiles, an empty one, rows left over; two programs with several tiles each."""
+    """Two matrices; groups that begin and end inside tiles, an empty one, rows left over; two programs."""
     monkeypatch.setattr(gpu, "PROGRAMS", 2)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     rng = np.random.default_rng(0)
-    lhs, rhs, dy = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((256, 128), (4, 128, 128), (256, 128)))
+    lhs, rhs, dy = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((256, 128), (4, 128, 256), (256, 256)))
+    matrices = tuple(jnp.split(rhs, 2, axis=2))
     bounds = gpu.group_bounds(jnp.asarray(sizes))
     got = (
-        gpu.rows_times(lhs, rhs, bounds, transpose=False, interpret=interpret),
-        gpu.rows_times(dy, rhs, bounds, transpose=True, interpret=interpret),
-        gpu.outer_products(lhs, dy, bounds, interpret=interpret),
+        gpu.rows_times(lhs, matrices, bounds, transpose=False, interpret=interpret),
+        gpu.rows_times(dy, matrices, bounds, transpose=True, interpret=interpret),
+        jnp.concatenate(gpu.outer_products(lhs, dy, bounds, parts=2, interpret=interpret), axis=2),
     )
     want = gradients(*(a.astype(jnp.float32) for a in (lhs, rhs)), jnp.asarray(sizes), dy, "reference")
     for x, y in zip(got, want, strict=True):
@@ -164,5 +165,21 @@ def test_errors_name_the_argument():
     }.items():
         with pytest.raises(ValueError, match=message):
             api.grouped_matmul(*arguments)
+    with pytest.raises(ValueError, match=r"rhs.shape = \(4, 12, 9\): must be \(5, 12, 9\)"):
+        api.grouped_matmul(lhs, (rhs, rhs[:4]), sizes)
     with pytest.raises(ValueError, match="'cudnn' cannot run grouped_matmul: there is no cudnn kernel"):
         api.grouped_matmul(lhs, rhs, sizes, implementation="cudnn")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+def test_several_matrices_give_their_products_side_by_side(implementation):
+    lhs, rhs, cotangent = map(jnp.asarray, inputs())
+    sizes = jnp.asarray(SIZES["uneven"])
+    pair = lambda lhs, rhs: api.grouped_matmul(lhs, (rhs, 2 * rhs), sizes, implementation=implementation)  # noqa: E731
+    y, pull = jax.vjp(pair, lhs, rhs)
+    want, dlhs, drhs = exact(lhs, rhs, SIZES["uneven"], cotangent)
+    assert relative_error(y, np.concatenate([want, 2 * want], axis=1)) < 1e-6
+    got = pull(jnp.concatenate([cotangent, cotangent], axis=1))
+    for x, one in zip(got, (dlhs, drhs), strict=True):
+        assert relative_error(x, 3 * one) < 1e-6
