@@ -130,6 +130,26 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+@jax.custom_vjp
+def logits_product(x, table):
+    """x [..., d] times table [vocab_size, d]: logits [..., vocab_size] in float32.
+
+    Their gradient is rounded to the dtype of x before it is multiplied, as in every other layer: left in float32 it
+    makes both products of the backward pass run at the rate of float32.
+    """
+    return jnp.matmul(x, table.T, preferred_element_type=jnp.float32)
+
+
+def _logits_backward(residuals, gradient):
+    x, table = residuals
+    gradient = gradient.astype(x.dtype)
+    dtable = jnp.einsum("...v,...d->vd", gradient, x, preferred_element_type=jnp.float32)
+    return gradient @ table, dtable.astype(table.dtype)
+
+
+logits_product.defvjp(lambda x, table: (logits_product(x, table), (x, table)), _logits_backward)
+
+
 def first_singular(kernel, key):
     """A unit vector [d_out] whose |W u| is the largest singular value of [d_in, d_out] to a few per cent."""
     u = jax.random.normal(key, kernel.shape[1:])

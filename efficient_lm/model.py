@@ -14,7 +14,7 @@ from flax import nnx
 
 from efficient_lm.blocks import RESIDUALS
 from efficient_lm.ffn import FFNS
-from efficient_lm.layers import Context, Maker, layer_specs, power_iteration, width_multiplier
+from efficient_lm.layers import Context, Maker, layer_specs, logits_product, power_iteration, width_multiplier
 from efficient_lm.mixers import MIXERS
 from efficient_lm.norms import NORMS
 
@@ -197,7 +197,7 @@ class LM:
     def _logits(self, params, x):
         x = self.parts["final_norm"].bind(params["final_norm"])(x)
         table = params["embed" if self.model.tie_embeddings else "head"]["table"].astype(self.dtype)
-        logits = jnp.matmul(x, table.T, preferred_element_type=jnp.float32) * self.logit_scale
+        logits = logits_product(x, table) * self.logit_scale
         cap = self.model.logit_cap
         return cap * jnp.tanh(logits / cap) if cap else logits
 

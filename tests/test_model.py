@@ -9,7 +9,7 @@ import pytest
 
 from efficient_lm import sharding
 from efficient_lm.config import MeshConfig, from_dict
-from efficient_lm.layers import layer_specs
+from efficient_lm.layers import layer_specs, logits_product
 from efficient_lm.model import LM
 
 VOCAB, T = 24, 20
@@ -148,6 +148,28 @@ def test_compute_dtype_logit_cap_and_depth_scaling():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-6), ("bfloat16", 4e-3)])
+def test_gradients_of_logits_are_those_of_the_product(dtype, bound):
+    """Up to one rounding of the cotangent: bf16 keeps 8 bits, so 2^-9 of it on average and 2^-8 at most."""
+    x, table, weight = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, T, 16), (VOCAB, 16), (VOCAB,)])
+    )
+    x, table = x.astype(dtype), table.astype(dtype)
+
+    def loss(product, x, table):
+        return jnp.sum(jax.nn.softmax(product(x, table)) * weight)
+
+    def plain(x, table):
+        return jnp.matmul(x, table.T, precision="highest")
+
+    assert logits_product(x, table).dtype == jnp.float32
+    got = jax.grad(loss, (1, 2))(logits_product, x, table)
+    want = jax.grad(loss, (1, 2))(plain, x.astype(jnp.float32), table.astype(jnp.float32))
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == dtype
+        assert np.linalg.norm(g.astype(jnp.float32) - w) <= bound * np.linalg.norm(w)
+
+
 def test_parameters_that_do_not_fit_are_refused():
     lm, params = make()
     other, _ = make(mixers={"attention": {"qk_norm": False}})
