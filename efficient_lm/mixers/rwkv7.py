@@ -24,6 +24,7 @@ from pallas_kernels.flops import dplr_flops
 from pallas_kernels.steps import l2_normalise
 
 NORM_EPS = 64e-5
+MIN_LOG_DECAY = -(jnp.e**-0.5)
 # Exponents of the initial token shift 1 - (channel / d)^(c (1 - layer / L)).
 SHIFT = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 
@@ -87,7 +88,7 @@ class RWKV7(Mixer):
             same = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)))
             before = jnp.where(same[..., None], before, 0)
         inputs, bonus, gate = self._project(x, before, ctx)
-        y, _ = api.dplr(**inputs, segment_ids=ctx.segment_ids, **self.cfg.options())
+        y, _ = api.dplr(**inputs, min_log_decay=MIN_LOG_DECAY, segment_ids=ctx.segment_ids, **self.cfg.options())
         return self._output(y, bonus, gate), {}
 
     def _project(self, x, before, ctx):
@@ -95,7 +96,7 @@ class RWKV7(Mixer):
         shift = self.shift[...].astype(x.dtype)
         xs = {name: x + shift[i] * (before - x) for i, name in enumerate(SHIFT)}
         r, k, v = self.r(xs["r"]), self.k(xs["k"]), self._values(xs["v"], ctx)
-        log_w = -(jnp.e**-0.5) * jax.nn.sigmoid(self.decay_bias[...] + wide(self.decay(xs["w"], jnp.tanh)))
+        log_w = MIN_LOG_DECAY * jax.nn.sigmoid(self.decay_bias[...] + wide(self.decay(xs["w"], jnp.tanh)))
         a = jax.nn.sigmoid(self.rate_bias[...] + wide(self.rate(xs["a"])))
         gate = self.gate(xs["g"], jax.nn.sigmoid)
         removal = self._heads(wide(k) * self.removal_scale[...])
@@ -133,7 +134,7 @@ class RWKV7(Mixer):
 
     def prefill(self, x, ctx, max_len):
         inputs, bonus, gate = self._project(x, jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0))), ctx)
-        y, memory = api.dplr(**inputs, output_final_state=True, **self.cfg.options())
+        y, memory = api.dplr(**inputs, min_log_decay=MIN_LOG_DECAY, output_final_state=True, **self.cfg.options())
         return self._output(y, bonus, gate), {"memory": memory, "before": x[:, -1].astype(jnp.float32)}
 
     def step(self, x, state, ctx):
