@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-OPERATORS = ("linear_attention", "delta_rule", "dplr", "mlstm", "diagonal_scan", "attention")
+OPERATORS = ("linear_attention", "normalised_linear_attention", "delta_rule", "dplr", "mlstm", "diagonal_scan",
+             "attention")
 _TOKENS = ("batch", None, "heads")
 # What the axes of an argument are; further ones are whole. The channels of a diagonal scan count as heads.
 _PER_TOKEN = ("q", "k", "v", "a", "b", "beta", "log_decay", "log_forget", "input_gate", "forget_gate", "x")

@@ -1,26 +1,15 @@
 """mLSTM with an exponential input gate (2405.04517) on Hopper GPUs through Pallas Mosaic GPU.
 
-With the stabiliser m_t = max(log f_t + m_{t-1}, i_t) the weight of key j in the output of token t is 2^(c_t - d_j),
-c the sums of log2 f_t + m_{t-1} - m_t and d_j = c_j - (i_j - m_j) log2 e: the walk of scalar-decay linear attention
-(`decay_pass`) with other exponents for columns than for rows. The normaliser is a value channel of ones, and may be
-small beside its terms; hence float32: row sums of the scores for tokens of the same chunk, and for earlier ones the
-weighted sum of their keys, which XLA makes for all chunks at once and which meets q in three bf16 parts.
-
-Gradients are exact. With D = max(|scale n.q|, floor), s the sign of n.q where that is larger, else 0, and delta = s
-(do . o), the scores of the backward passes are (do_i . v_j - delta_i) / D_i, as for softmax attention.
+With the stabiliser m_t = max(log f_t + m_{t-1}, i_t) it is `weighted_mean` with decays log f_t + m_{t-1} - m_t <= 0,
+weights i_t - m_t <= 0 and floor e^-m_t.
 """
-import functools
-
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu import linear_attention as scalar
-from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
-from pallas_kernels.gpu.gates import FORGET, LOG2E, by_chunk, gate_gradient, pad_tokens, rounded, running_sum
-from pallas_kernels.gpu.mlstm_scans import decayed_sums, running_max
-from pallas_kernels.gpu.pieces import count_pieces
-from pallas_kernels.gpu.tiles import CHUNK
+from pallas_kernels.gpu.gates import FORGET, LOG2E, by_chunk, pad_tokens
+from pallas_kernels.gpu.mlstm_scans import running_max
+from pallas_kernels.gpu.weighted_mean import weighted_mean
 from pallas_kernels.steps import NO_STABILISER, repeat_heads, segment_starts
 
 SMALLEST = 2.0**-126  # normalisers below the smallest float32 belong to outputs 0 / 0 of zero queries
@@ -78,85 +67,5 @@ def mlstm(q, k, v, input_gate, forget_gate, *, scale, initial_state=None, segmen
     # zero tokens without decay change neither state nor gradients
     q, k, v, decay, weight, floor = (pad_tokens(x) for x in (q, k, v, decay, weight, floor))
     gates = tuple(by_chunk(x) for x in (decay, weight, jnp.maximum(floor, SMALLEST)))
-    o, *state = _mlstm(q, k, v, gates, c0, n0, scale, interpret)
+    o, *state = weighted_mean(q, k, v, gates, c0, n0, scale, interpret)
     return o[:, :t_size], (*state, m[:, -1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _mlstm(q, k, v, gates, c0, n0, scale, interpret):
-    out, _ = _forward(q, k, v, gates, c0, n0, scale, interpret)
-    return out["o"], out["state"][:, :, -1], out["n"]
-
-
-def _chunk_sums(x, weights):
-    """sum_j weights_j x_j of every chunk, float32 [B, H, N, K], from x [B, T, H, K] and weights [B, H, N, 64]."""
-    chunks = x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]).astype(jnp.float32)
-    return jnp.sum(chunks * weights.transpose(0, 2, 3, 1)[..., None], axis=2).swapaxes(1, 2)
-
-
-def _parts(x):
-    """float32 [..., K] as bf16 [..., 8, K] whose first three rows add up to it."""
-    parts = []
-    for _ in range(3):
-        high = rounded(x)
-        parts.append(high.astype(jnp.bfloat16))
-        x = x - high
-    return jnp.stack(parts + [jnp.zeros_like(parts[0])] * 5, axis=-2)
-
-
-def _forward(q, k, v, gates, c0, n0, scale, interpret, save_every=0):
-    decay, weight, floor = gates
-    pieces = count_pieces(*q.shape[:3], v.shape[-1])
-    c = running_sum(decay)
-    total, d = c[..., -1], c - weight
-    states = scalar.entering_states(k, v, d, total, c0, pieces=pieces, reverse=False, interpret=interpret)
-    sums = decayed_sums(total, _chunk_sums(k, jnp.exp2(total[..., None] - d)), n0)
-    out = decay_pass(q, k, v, c, total, states, None, d=d, floor=floor, norms=_parts(sums[:, :, :-1]), scale=scale,
-                     reverse=False, pieces=pieces, stages=2, save_every=save_every, interpret=interpret)
-    return out | {"n": sums[:, :, -1]}, (states, sums)
-
-
-def _vjp_forward(q, k, v, gates, c0, n0, scale, interpret):
-    q, k, v, gates, c0, n0 = jax.tree.map(lambda x: x.value, (q, k, v, gates, c0, n0),
-                                          is_leaf=lambda x: hasattr(x, "perturbed"))
-    out, (states, sums) = _forward(q, k, v, gates, c0, n0, scale, interpret, scalar.SAVE_EVERY)
-    outputs = out["o"], out["state"][:, :, -1], out["n"]
-    return outputs, (q, k, v, gates, None if c0 is None else (), states, sums, out["saved"], out["m"], *outputs[:2])
-
-
-def _vjp_backward(scale, interpret, residuals, cotangents):
-    q, k, v, (decay, weight, floor), has_init, states, sums, saved, m, o, final = residuals
-    do, dfinal, dn = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
-    do = jnp.zeros_like(v) if do is None else do
-    b_size, t_size, heads, _ = q.shape
-    pieces = count_pieces(b_size, t_size, heads, v.shape[-1])
-    c = running_sum(decay)
-    total, d = c[..., -1], c - weight
-    m = m.reshape(floor.shape)
-    delta = by_chunk(jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1))
-    delta = jnp.where(jnp.abs(m) > floor, jnp.sign(m) * delta, 0.0)
-    c_out = c - jnp.log2(jnp.maximum(jnp.abs(m), floor))
-    dq = decay_pass(do, v, k, c_out, total, None if states is None else states.swapaxes(-1, -2), q, d=d, delta=delta,
-                    norms=sums[:, :, :-1], scale=scale, reverse=False, pieces=pieces, stages=2, interpret=interpret)
-
-    c, d, whole = total[..., None] - d, total[..., None] - c_out, total[..., None]
-    unscaled = None if dfinal is None else dfinal / scale
-    dstates = scalar.entering_states(q, do, d, total, unscaled, pieces=pieces, reverse=True, interpret=interpret)
-    behind = jnp.flip(decayed_sums(jnp.flip(total, 2), jnp.flip(_chunk_sums(q, delta * jnp.exp2(whole - d)), 2),
-                                   None if dn is None else -dn / scale), 2)
-    dkv = decay_pass_pair(q, k, v, do, c, total, dstates, saved, d=d, delta=delta, norms=behind[:, :, 1:], scale=scale,
-                          pieces=pieces, save_every=scalar.SAVE_EVERY, interpret=interpret)
-
-    rows = jnp.sum(dq["r"], axis=2) - dkv["r"]
-    inner = scalar.states_by_gradients(dkv["f"], k, v, c, final, unscaled, scale)
-    ends = jnp.minimum(scalar.SAVE_EVERY * (1 + jnp.arange(inner.shape[-1])), total.shape[-1])
-    inner = inner - scale * jnp.sum(sums[:, :, ends] * behind[:, :, ends], axis=-1)
-    ddecay = by_chunk(gate_gradient(rows, inner, scalar.SAVE_EVERY))
-    dweight = (dkv["r"] + dkv["own"] * dkv["qk"]).reshape(ddecay.shape) / LOG2E
-    dc0 = dn0 = None
-    if has_init is not None:
-        dc0, dn0 = scale * dkv["state"][:, :, 0], -scale * behind[:, :, 0]
-    return dq["o"], dkv["dk"], dkv["dv"], (ddecay, dweight, jnp.zeros_like(floor)), dc0, dn0
-
-
-_mlstm.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

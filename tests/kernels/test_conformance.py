@@ -17,7 +17,7 @@ TPU_FAMILIES = ("linear", "simple_gla", "gla", "rwkv6", "normalised", "deltanet"
                 "kda", "rwkv7", "mlstm", "diagonal", "diagonal_complex")
 
 # A normaliser is computed in float32; the DPLR kernel wants to be promised that decays are bounded; no complex kernel.
-GPU_REFUSES = {"normalised": "must be bfloat16", "normalised_gla": "must be bfloat16", "rwkv7": "min_log_decay",
+GPU_REFUSES = {"normalised_gla": "must be bfloat16", "rwkv7": "min_log_decay",
                "diagonal_complex": "must be bfloat16 or float32"}
 
 

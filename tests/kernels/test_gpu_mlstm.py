@@ -10,7 +10,15 @@ from pallas_kernels import reference
 from pallas_kernels.gpu import linear_attention as scalar
 from pallas_kernels.gpu import mlstm as gpu
 from pallas_kernels.gpu import mlstm_scans, pieces
-from tests.kernels.gpu_checks import as_written, assert_causal_and_repeatable, both_ways, kernels_lowered, on_gpu
+from pallas_kernels.gpu import normalised_linear_attention as normalised
+from tests.kernels.gpu_checks import (
+    as_written,
+    assert_causal_and_repeatable,
+    both_ways,
+    kernels_lowered,
+    on_gpu,
+    relative_errors,
+)
 
 NAMES = ("o", "C", "n", "dq", "dk", "dv", "di", "df", "dC0", "dn0", "dm0")
 
@@ -35,6 +43,17 @@ def comparable(op, shift=0.0):
         return o, c * size[..., None, None], n * size[..., None]
 
     return run
+
+
+def normalised_errors(b, t, h, decay, **options):
+    """Relative errors of normalised linear attention with q, k >= 0 and one decay per head, per token or none."""
+    (q, k, v, gate, *_), _ = make(b, t, h, 64, 128)
+    rng = np.random.default_rng(1)
+    state, dstate = (jnp.asarray(np.abs(rng.normal(size=(b, h, 64, 129))), jnp.float32) for _ in range(2))
+    log_decay = {"none": None, "head": -jnp.exp(gate[0, 0] - 3), "token": -jnp.exp(gate - 3)}[decay]
+    token_loop = functools.partial(reference.linear_attention, normalise=True)
+    return relative_errors(normalised.normalised_linear_attention, token_loop, (abs(q), abs(k), v, log_decay, state),
+                           (v[::-1], dstate), scale=0.1, **options)
 
 
 def errors(arrays, cotangents, *, shift=0.0, **options):
@@ -70,6 +89,11 @@ def test_interpreted_matches_the_reference(case, monkeypatch):
 
 
 @as_written
+def test_interpreted_normalised_attention_matches_the_reference():
+    assert max(normalised_errors(1, 150, 1, "token", interpret=plgpu.InterpretGPUParams())) < 0.01
+
+
+@as_written
 def test_interpreted_has_no_race(capsys):
     got = errors(*make(1, 192, 1, 64, 64), interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert max(got.values()) < 0.01 and "RACE" not in capsys.readouterr().out
@@ -83,6 +107,16 @@ def test_gpu_matches_the_reference(t, k, v):
     got = errors(*make(2, t, 3, k, v, initial=True))
     # n.q may be small beside its terms, and then makes a few tokens' gates weigh more than all others
     assert got.pop("df") < 0.015 and max(got.values()) < 0.006, got
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+@pytest.mark.parametrize("t", [1, 130, 2048])
+def test_gpu_normalised_attention_matches_the_reference(t, decay):
+    got = normalised_errors(2, t, 3, decay)
+    gates = got.pop(5) if decay != "none" else 0.0
+    assert max(got) < 0.006 and gates < (0.1 if decay == "head" else 0.015), (got, gates)  # as without a normaliser
 
 
 @on_gpu
