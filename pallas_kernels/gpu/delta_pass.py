@@ -173,7 +173,7 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
                 us_tile[...] = ((wanted - ks) * rows(gate(slot, 1), ks.shape)).astype(dtype)
                 plgpu.commit_smem()
                 u, = products((smem["inverse"].at[slot], us_tile))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier too: all have read `us`
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but `entering`; a barrier too: all have read `us`
                 us_tile[...] = (u * rows(jnp.exp2(last - c_row), u.shape) if decay else u).astype(dtype)
                 write = state, k_tile.transpose(T_CONTRACT), us_tile
                 if with_output:
@@ -184,6 +184,7 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
                         plgpu.copy_smem_to_gmem(u_tile, gmem["u"].at[batch, here, head, cols])
                     plgpu.barrier_wait(scored.at[slot])
                     o, state = add_products((qs, smem["a"].at[slot], u_tile), write, interpret=interpret)
+                    plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)  # all but `u`
                     smem["o"].at[wg][...] = (o * scale).astype(dtype)
                 else:
                     plgpu.commit_smem()
@@ -297,7 +298,7 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                 plgpu.commit_smem()
                 dr, = products((smem["inverse"].at[slot].transpose(T_CONTRACT), du))
                 dr = dr * rows(gate(slot, 1), dr.shape)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # a barrier too: all have read `du`
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but `leaving`; a barrier too: all have read `du`
                 du[...] = (-dr * from_start if decay else -dr).astype(dtype)
                 if with_output:
                     dv[...] = dr.astype(dtype)
@@ -306,6 +307,8 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                     plgpu.copy_smem_to_gmem(dv, gmem["dv"].at[batch, here, head, cols])
                 r, = add_products((r, (q_tile.transpose(T_CONTRACT), k_tile.transpose(T_CONTRACT)), (dos, du)),
                                   interpret=interpret)
+                if with_output:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but `dv`
                 r16[...] = r.astype(dtype)
                 release(empty.at[slot])
                 return r

@@ -69,15 +69,15 @@ def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segm
 
 
 PROGRAMS = 132  # multiprocessors of an H100 or H200
-WORTH = 4  # pieces: with fewer, walking them twice costs more than it gains
+PIECES = 4, 32  # with fewer, walking them twice costs more than it gains; with more, carrying states along
 
 
 def delta_pieces(v):
     """Pieces T is cut in: those that fill the card, where they are worth it."""
     b_size, t_size, heads, _ = v.shape
     chunks = t_size // CHUNK
-    wanted = min(PROGRAMS // (b_size * heads), chunks // MIN_PIECE_CHUNKS)
-    per_piece = -(-chunks // wanted) if wanted >= WORTH else chunks
+    wanted = min(PROGRAMS // (b_size * heads), chunks // MIN_PIECE_CHUNKS, PIECES[1])
+    per_piece = -(-chunks // wanted) if wanted >= PIECES[0] else chunks
     return -(-chunks // per_piece)
 
 
