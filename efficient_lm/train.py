@@ -283,6 +283,8 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
         recorder.drain()
         final = evaluate()
         recorder.write("eval", steps, final)
+        if not math.isfinite(final["loss"]):  # of the last update, which no training loss has seen
+            raise Diverged(f"validation loss is {final['loss']} at step {steps}")
         if start < steps or opts.init_from:
             checkpoint.save(run.path / "ckpt", steps, state, keep=opts.keep_checkpoints)
         return recorder.update(status="done", **{f"final_{name}": final[name] for name in ("loss", "bpb", "accuracy")})

@@ -85,6 +85,12 @@ def test_divergence_stops_the_run_and_keeps_its_rows(small, train_one, tmp_path)
     assert train_one(cfg, tmp_path / "run") == info
 
 
+def test_a_last_update_that_breaks_the_model_is_divergence(small, train_one, tmp_path):
+    info = train_one(small(**{"train.steps": 1, "optim.lr": 1e30, "optim.warmup": 0.0}), tmp_path / "run")
+    assert info["status"] == "diverged" and "validation loss is nan at step 1" in info["reason"]
+    assert info["final_loss"] is None and not checkpoint.steps(tmp_path / "run" / "ckpt")
+
+
 def test_loss_that_climbs_and_stays_up_is_divergence(small, train_one, tmp_path):
     cfg = small(**{"optim.lr": 30.0, "optim.schedule": "constant", "train.steps": 60, "train.log_every": 20})
     info = train_one(cfg, tmp_path / "run")
