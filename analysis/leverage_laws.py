@@ -89,15 +89,17 @@ def activation_law(leverages: Leverages) -> dict[str, np.ndarray]:
 
 
 def granularity_law(leverages: Leverages) -> dict[str, np.ndarray]:
-    """ln EL = a + b log2 G (log2 G + c) at one budget and activation ratio; G_opt is NaN where there is no maximum.
-
-    `finest` is ln EL at the largest G less that at the smallest.
-    """
+    """ln EL = a + b log2 G (log2 G + c) at one budget and activation ratio; G_opt is NaN where there is no maximum."""
     g = np.log2(leverages.rows["G"].to_numpy(float))
-    finest = leverages.log[:, g.argmax()] - leverages.log[:, g.argmin()]
     (a, bc, b), _ = (x.T for x in _least_squares(leverages.log, np.stack([np.ones_like(g), g, g * g], 1)))
     best = np.where(b < 0, 2.0 ** np.clip(-bc / (2 * b), -20, 20), np.nan)
-    return {"a": a, "b": b, "c": bc / b, "G_opt": best, "finest": finest}
+    return {"a": a, "b": b, "c": bc / b, "G_opt": best}
+
+
+def finest_gain(leverages: Leverages) -> dict[str, np.ndarray]:
+    """ln EL at the largest granularity less that at the smallest, at one budget and activation ratio."""
+    G = leverages.rows["G"].to_numpy(float)
+    return {"gain": leverages.log[:, G.argmax()] - leverages.log[:, G.argmin()]}
 
 
 def compute_law(leverages: Leverages) -> dict[str, np.ndarray]:
@@ -117,7 +119,31 @@ def evaluate(law: dict[str, np.ndarray], A, G, C) -> np.ndarray:
     return efficiency_leverage.predict(p, {"A": np.asarray(A), "G": np.asarray(G), "C": np.asarray(C)}, np)
 
 
+def holdout(leverages: Leverages) -> dict | None:
+    """The joint law without the dearest budget against the leverages measured there; None where that leaves no law."""
+    top = float(leverages.rows["budget"].max())
+    held = leverages.where(f"budget == {top}")
+    try:
+        law = joint_law(leverages.where(f"budget < {top}"))
+    except ValueError:
+        return None
+    off = held.log - np.log(evaluate(law, *(held.rows[name].to_numpy(float) for name in "AGC")))
+    lo, hi = np.quantile(off[1:], [(1 - leverages.level) / 2, (1 + leverages.level) / 2], axis=0)
+    covered = float(np.mean((lo <= 0) & (hi >= 0)))
+    others = _rms(held.log[0] - np.log(published(held.rows)))
+    return {"budget": top, "n": len(held.rows), "rms": _rms(off[0]), "covered": covered, "published_rms": others}
+
+
+def _rms(values) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
 # ---------------------------------------------------------------------------------------------- against the published
+
+
+def published(rows: pd.DataFrame) -> np.ndarray:
+    """EL [rows] of the published joint law, which was fitted five decades higher, at A, G, C of the rows."""
+    return efficiency_leverage.predict(PUBLISHED, {name: rows[name].to_numpy(float) for name in "AGC"}, np)
 
 
 def verdict(entry: dict, published: float, zero: float = 0.0) -> str:
@@ -139,8 +165,8 @@ def claim(entries: list[dict], sign: int) -> str:
 
 def report(leverages: Leverages) -> dict:
     """All laws with intervals, and the published claims that they can be held against."""
-    level, rows, out = leverages.level, leverages.rows, {"rows": leverages.rows.to_dict("records")}
-    out["notes"] = leverages.notes
+    level, rows = leverages.level, leverages.rows
+    out = {"rows": rows.assign(published=published(rows)).to_dict("records"), "notes": leverages.notes}
 
     def each(law, by, query, needed):
         """The intervals of `law` in every group of the rows of `query` that has `needed` (column, values)."""
@@ -154,23 +180,25 @@ def report(leverages: Leverages) -> dict:
     activation = each(activation_law, ["budget"], f"G == 2 and {USUAL}", ("A", 3))
     granularity = each(granularity_law, ["budget", "A"], USUAL, ("G", 3))
     compute = each(compute_law, ["arch"], "C > 0", ("budget", 2))
-    out |= {"activation": activation, "granularity": granularity, "compute": compute}
+    finest = each(finest_gain, ["budget", "A"], USUAL, ("G", 2))
+    out |= {"activation": activation, "granularity": granularity, "finest": finest, "compute": compute}
     out["claims"] = {
         "leverage grows as fewer experts are active": claim([law["a"] for law in activation], -1),
         "leverage grows with compute": claim([law["a"] for law in compute], 1),
-        f"experts finer than G = 2 help, up to G = {rows['G'].max():g}": claim(
-            [law["finest"] for law in granularity], 1
-        ),
+        f"experts of G = {rows['G'].max():g} beat those of G = 2": claim([law["gain"] for law in finest], 1),
     }
     shared = leverages.where(USUAL)
     try:
         joint = joint_law(shared)
     except ValueError as error:
         return out | {"joint": None, "joint_refused": str(error)}
-    found = intervals(joint, level)
-    out["joint"] = {name: {**entry, "published": PUBLISHED[name]} for name, entry in found.items()}
-    out["joint_rms"] = float(np.sqrt(np.mean(residuals(joint, shared)[0] ** 2)))
     top = float(rows["C"].max())
+    # a and d are at C = 1 FLOP, far from any run, and move together: their sum at the dearest runs says more.
+    found = intervals(joint | {"alpha": joint["a"] + joint["d"] * np.log10(top)}, level)
+    at_top = PUBLISHED | {"alpha": PUBLISHED["a"] + PUBLISHED["d"] * np.log10(top)}
+    out["joint"] = {name: {**entry, "published": at_top[name]} for name, entry in found.items()}
+    out["joint_rms"] = _rms(residuals(joint, shared)[0])
+    out["holdout"] = holdout(shared)
     out["inverse"] = [_inverse(joint, wanted, G, top, level) for wanted in (1.5, 2.0, 3.0) for G in (2.0, 4.0)]
     return out
 

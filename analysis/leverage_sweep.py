@@ -3,10 +3,15 @@
     python -m analysis.leverage_sweep --store runs/el --out el.json
     python -m analysis.leverage_sweep --store analysis/results/efficiency_leverage/runs.csv --points best \\
         --where "lr_factor != lr_factor"                                # without its learning-rate arm
+    python -m analysis.leverage_sweep --store rows.csv runs/el --save rows.csv     # adds the runs of a store to rows
 
 The leverage (arXiv:2507.17702) of an architecture at a budget is the compute at which the dense law reaches its lowest
-loss there, over the budget: that of the IsoFLOP parabola, or of the best size, where sizes lie too far out for a
-parabola. The noise of a best size is that between repeated runs, or given.
+loss there, over the budget. That loss is the minimum of an IsoFLOP parabola: through all sizes, or ("best") through the
+best size and the nearest two, where the others lie too far out for a parabola; the noise between seeds is then that of
+sizes run with several, or given.
+
+A run repeated with the same seed (on a GPU it does not give the same bits) is no second seed: repeats are kept in the
+rows, told apart by "-2", "-3" after the run_id, and averaged here before anything is fitted.
 
 The dense law is E + k C^-gamma. The floor E is one for all architectures, k and gamma each has its own: a gamma for all
 would deny that leverage changes with compute. Every draw of all losses gives a draw of all leverages, so that the
@@ -16,23 +21,47 @@ intervals of the laws know that one dense law is behind them.
 import argparse
 import sys
 import zlib
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from analysis import cli
 from analysis.frontier import Frontier, frontier_points
-from analysis.isoflop import Profile
+from analysis.isoflop import fit_profile
 from analysis.leverage_laws import Leverages, report, verdict
-from analysis.load import Table, check_comparable, load_table
+from analysis.load import DataError, Table, check_comparable, load_table, read
 from analysis.result import Options, interval
 from analysis.tables import number, with_interval
 
 AXES = ("A", "G", "S")
-POINTS = ("isoflop", "best")  # parabola over all sizes of a budget, or its best size
+POINTS = ("isoflop", "best")  # parabola through all sizes of a budget, or through its best size and the nearest two
 EDGES = {"small": "smallest", "large": "largest"}
 FLOORS = np.linspace(0.0, 0.99, 100)  # shares of the lowest loss
+
+
+def gather(paths, **options) -> pd.DataFrame:
+    """The finished runs of run stores and tables, every run once; `options` as in `analysis.load.read`.
+
+    Rows of one run_id whose losses agree in six decimals are one run. A run_id with another loss was run again and
+    becomes "ID-2", "ID-3", ... Raises DataError where there is no column run_id.
+    """
+    frame = pd.concat([read(path, **options)[0] for path in paths], ignore_index=True)
+    if not {"run_id", "loss"} <= set(frame):
+        raise DataError("columns 'run_id' and 'loss' are needed to tell the runs of several sources apart")
+    frame = frame[frame["loss"].notna()].dropna(axis=1, how="all")
+    frame = frame.assign(run_id=frame["run_id"].astype(str).str.split("-").str[0])
+    frame = frame[~pd.DataFrame({"run": frame["run_id"], "loss": frame["loss"].round(6)}).duplicated()]
+    again = frame.groupby("run_id").cumcount() + 1
+    return frame.assign(run_id=frame["run_id"].where(again == 1, frame["run_id"] + "-" + again.astype(str)))
+
+
+def average_repeats(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for each arch, budget, size and seed: the mean loss of runs that only the hardware tells apart."""
+    if "seed" not in rows:
+        return rows
+    keys = [rows[name] for name in ("arch", "budget", "N", "seed")]
+    rows = rows.assign(loss=rows.groupby(keys)["loss"].transform("mean"))
+    return rows[~pd.concat(keys, axis=1).duplicated()]
 
 
 def sweep_leverages(
@@ -44,21 +73,24 @@ def sweep_leverages(
     """
     options, notes = options or Options(), []
     check_comparable(table)
-    if points == "best" and not options.seed_noise:
-        options = replace(options, seed_noise=repeat_noise(table.rows))
-    frontiers, labels, budgets = [], {}, {}
-    for name, part in table.groups("arch").items():
+    every = average_repeats(table.rows)
+    noise = (options.seed_noise, np.inf) if options.seed_noise else None
+    if points == "best":
+        noise = noise or seed_noise(every)
+        notes.append(f"loss between seeds varies by {noise[0]:.2g} nats ({noise[1]:g} degrees of freedom)")
+    frontiers, labels = [], {}
+    for name, rows in every.groupby("arch", sort=False):
         try:
-            found = (frontier_points if points == "isoflop" else best_sizes)(part.rows, name, options)
+            if points == "best":
+                frontiers.append(best_sizes(rows, name, noise, options))
+            else:
+                frontiers.append(frontier_points(rows, name, options))
         except ValueError as error:
             if name == base:
                 raise
             notes.append(str(error))
             continue
-        frontiers.append(found)
-        labels[name] = {key: float(part.rows[key].iloc[0]) for key in AXES}
-        usable = [profile for profile in found.profiles if profile.coefficients is not None or points == "best"]
-        budgets[name] = [(float(part.rows.loc[profile.rows, "budget"].iloc[0]), profile.edge) for profile in usable]
+        labels[name] = {key: float(rows[key].iloc[0]) for key in AXES}
     names = [frontier.name for frontier in frontiers]
     if base not in names or len(names) < 2:
         raise ValueError(f"arch {base!r} and another one are needed; {table.source} has {', '.join(names) or 'none'}")
@@ -66,55 +98,69 @@ def sweep_leverages(
     dense = frontiers[names.index(base)]
     rows, draws = [], []
     for frontier in frontiers:
+        usable = [profile for profile in frontier.profiles if profile.coefficients is not None]
+        budgets = [float(every.loc[profile.rows[0], "budget"]) for profile in usable]
         if frontier is dense:
-            edges = ", ".join(f"{budget:.3g}" for budget, edge in budgets[base] if edge)
+            edges = ", ".join(f"{budget:.3g}" for budget, at in zip(budgets, usable, strict=True) if at.edge)
             if edges:
                 notes.append(f"{base}: an outermost size is the best at {edges} FLOP, so these losses are upper bounds")
             continue
         value, drawn = dense.compute_for(frontier.loss, frontier.loss_draws)
-        for i, C in enumerate(frontier.C):
+        for i, (C, budget, profile) in enumerate(zip(frontier.C, budgets, usable, strict=True)):
             EL = interval(value[i] / C, drawn[:, i] / C, options.level)
-            budget, edge = budgets[frontier.name][i]
             inside = dense.C.min() * 0.97 <= value[i] <= dense.C.max() * 1.03
             rows.append({
                 "arch": frontier.name, **labels[frontier.name], "budget": budget, "C": C,
                 "loss": frontier.loss[i], "EL": EL["value"], "EL_lo": EL["lo"], "EL_hi": EL["hi"],
-                "extrapolated": not inside, "edge": edge or "",
+                "extrapolated": not inside, "edge": profile.edge or "",
             })  # fmt: skip
             draws.append(drawn[:, i] / C)
     return Leverages(pd.DataFrame(rows), np.stack(draws, 1), notes, options.level)
 
 
-def best_sizes(rows: pd.DataFrame, name: str, options: Options) -> Frontier:
-    """The frontier through the best size of each budget, repeated runs averaged; draws by `options.seed_noise`."""
-    found = []
-    for _, part in rows.groupby("budget"):
-        sizes = part.groupby("N")["loss"].agg(["mean", "size"])
-        best = sizes["mean"].idxmin()
-        edge = {sizes.index.min(): "small", sizes.index.max(): "large"}.get(best)
-        at = part[part["N"] == best]
-        runs = at["N"].to_numpy(), at["loss"].to_numpy(), at.index.to_numpy()
-        found.append(Profile(at["C"].mean(), *runs, 0.0, edge=edge))
+def best_sizes(rows: pd.DataFrame, name: str, noise: tuple[float, float], options: Options) -> Frontier:
+    """The frontier through the minima of parabolas, each of the best size of a budget and the nearest two.
+
+    `noise`: standard deviation of the loss of a run and its degrees of freedom. Raises ValueError as `frontier_points`.
+    """
+    found, notes = [], []
+    for i, (budget, part) in enumerate(rows.groupby("budget")):
+        mean = part.groupby("N")["loss"].mean()
+        at = int(mean.argmin())
+        first = min(max(at - 1, 0), max(len(mean) - 3, 0))
+        part = part[part["N"].isin(mean.index[first : first + 3])]
+        seed = options.seed + (zlib.crc32(name.encode()) << 32) + i  # no two architectures share their draws
+        profile = fit_profile(
+            part["C"].mean(), part["N"], part["loss"], part.index, draws=options.bootstrap, level=options.level,
+            noise=noise, seed=seed,
+        )  # fmt: skip
+        if at in (0, len(mean) - 1):
+            profile.edge = "small" if at == 0 else "large"
+        if profile.coefficients is None:
+            notes.append(f"{name}, C {budget:.3g}: {profile.refused}")
+        else:
+            found.append(profile)
     if len(found) < 2:
-        raise ValueError(f"{name}: {len(found)} budgets; a frontier needs 2")
-    loss, runs = (np.array([f(p.loss) for p in found]) for f in (np.mean, len))
-    rng = np.random.default_rng(options.seed + zlib.crc32(name.encode()))
-    draws = loss + options.seed_noise / np.sqrt(runs) * rng.standard_normal((options.bootstrap, len(loss)))
-    return Frontier(name, np.array([p.C for p in found]), loss, draws, found).with_floor(0.0, 0.0)
+        raise ValueError(f"{name}: {len(found)} budgets with at least 3 sizes; a frontier needs 2")
+    loss, draws = np.array([p.best for p in found]), np.stack([p.best_draws for p in found], 1)
+    return Frontier(name, np.array([p.C for p in found]), loss, draws, found, notes).with_floor(0.0, 0.0)
 
 
-def repeat_noise(rows: pd.DataFrame) -> float:
-    """Standard deviation of the loss between repeats of the best size of each architecture and budget, pooled.
+def seed_noise(rows: pd.DataFrame) -> tuple[float, float]:
+    """Standard deviation of the loss between seeds and its degrees of freedom, pooled over the sizes run with several.
 
-    Raises ValueError where nothing was repeated.
+    Sizes worse than the best of their budget by more than a tenth of a nat don't count: they barely train. Raises
+    ValueError where no seed was changed.
     """
     squares = freedom = 0
     for _, part in rows.groupby(["arch", "budget"]):
-        best = part[part["N"] == part.loc[part["loss"].idxmin(), "N"]]["loss"]
-        squares, freedom = squares + float(((best - best.mean()) ** 2).sum()), freedom + len(best) - 1
+        sizes = part.groupby("N")["loss"]
+        near = sizes.transform("mean") < sizes.mean().min() + 0.1
+        squares += float(((part["loss"] - sizes.transform("mean"))[near] ** 2).sum())
+        freedom += int(near.sum()) - part.loc[near, "N"].nunique()
     if not freedom:
-        raise ValueError("no best size was run twice: give the noise between runs, --seed-noise NATS")
-    return (squares / freedom) ** 0.5
+        raise ValueError("no size near the best was run with two seeds: give their spread, --seed-noise NATS")
+    return (squares / freedom) ** 0.5, freedom
 
 
 def above_one_floor(frontiers: list[Frontier]) -> list[Frontier]:
@@ -137,14 +183,16 @@ def above_one_floor(frontiers: list[Frontier]) -> list[Frontier]:
 
 
 def text(found: dict) -> str:
-    lines = [f"{'architecture':<28} {'C':>9} {'loss':>7}  leverage"]
+    lines = [f"{'architecture':<28} {'C':>9} {'loss':>7}  {'leverage':<22} published law there"]
     for row in found["rows"]:
         EL = with_interval({"value": row["EL"], "lo": row["EL_lo"], "hi": row["EL_hi"]})
         notes = ["beyond the dense runs"] * row["extrapolated"]
         if row["edge"]:
             notes.append(f"at least: the {EDGES[row['edge']]} size is the best")
         note = "   " + "; ".join(notes) if notes else ""
-        lines.append(f"{row['arch']:<28} {number(row['C']):>9} {row['loss']:>7.4f}  {EL}{note}")
+        lines.append(
+            f"{row['arch']:<28} {number(row['C']):>9} {row['loss']:>7.4f}  {EL:<22} {row['published']:>5.2f}{note}"
+        )
     lines.append("\nln EL = a ln(A + A_s) at G = 2")
     for law in found["activation"]:
         lines.append(f"  C {number(law['budget'])}: a {with_interval(law['a'])}, A_s {with_interval(law['A_s'])}")
@@ -154,6 +202,9 @@ def text(found: dict) -> str:
             f"  C {number(law['budget'])}, A {law['A']:.3g}: curvature b {with_interval(law['b'])}, "
             f"best G {with_interval(law['G_opt'])}"
         )
+    for law in found["finest"]:
+        gain = with_interval({key: np.exp(law["gain"][key]) for key in ("value", "lo", "hi")})
+        lines.append(f"  C {number(law['budget'])}, A {law['A']:.3g}: EL of the finest over the coarsest {gain}")
     lines.append("ln EL = a ln C + c")
     lines += [f"  {law['arch']}: a {with_interval(law['a'])}" for law in found["compute"]]
     lines.append("published claims (2507.17702; those runs took 3e18 to 3e20 FLOP)")
@@ -167,6 +218,13 @@ def text(found: dict) -> str:
         lines.append(
             f"  {name:<6} {with_interval(entry):<30} published {number(entry['published'])}: "
             f"{verdict(entry, entry['published'])}"
+        )
+    held = found["holdout"]
+    if held:
+        lines.append(
+            f"joint law without {number(held['budget'])} FLOP, against the {held['n']} leverages there: rms error "
+            f"of ln EL {held['rms']:.3f}, {held['covered']:.0%} inside their intervals; of the published law "
+            f"{held['published_rms']:.3f}"
         )
     lines.append("the fitted law turned round")
     for row in found["inverse"]:
@@ -183,11 +241,15 @@ def parser() -> argparse.ArgumentParser:
         description="Efficiency leverage of the sparse architectures of an IsoFLOP sweep, with its laws.",
     )
     out.add_argument(
-        "--store", required=True, metavar="PATH", help="run store, or CSV with N, C, loss, budget, A, G, S"
-    )
+        "--store", required=True, nargs="+", metavar="PATH",
+        help="run stores, or CSVs with N, C, loss, budget, A, G, S; a run that several of them have counts once",
+    )  # fmt: skip
     out.add_argument("--base", default="dense", help="the dense architecture (default dense)")
-    out.add_argument("--points", choices=POINTS, default=POINTS[0], help="parabola of a budget (default) or best size")
+    out.add_argument(
+        "--points", choices=POINTS, default=POINTS[0], help="parabola through all sizes, or three at the best"
+    )
     out.add_argument("--out", metavar="EL.JSON", help="write everything as JSON")
+    out.add_argument("--save", metavar="ROWS.CSV", help="write the runs that were read, each once, and stop")
     cli.add_table_arguments(out)
     cli.add_fit_arguments(out)
     return out
@@ -196,10 +258,18 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     cli.check_fit_arguments(args)
     cli.check_out(args.out)
+    cli.check_out(args.save, "--save")
     if args.bootstrap < 2:
         raise ValueError(f"--bootstrap {args.bootstrap}: the laws need draws, at least 2")
+    data = args.store[0]
+    if args.save or len(args.store) > 1:
+        data = gather(args.store, n=args.n, c=args.c)
+    if args.save:
+        data.to_csv(args.save, index=False)
+        print(f"{len(data)} runs in {args.save}")
+        return
     required = ("N", "C", "loss", "budget", "A")
-    table = load_table(args.store, required=required, **cli.table_options(args))
+    table = load_table(data, required=required, **cli.table_options(args))
     options = cli.fit_options(args)
     found = report(sweep_leverages(table, args.base, args.points, options))
     print(text(found))
