@@ -58,7 +58,7 @@ def mlstm(q, k, v, input_gate, forget_gate, *, scale, initial_state=None, segmen
     log_decay, x, cut = (None if x is None else x.swapaxes(1, 2) for x in (jnp.maximum(log_forget, -1e3), gate, starts))
     m = jax.lax.stop_gradient(running_max(log_decay, x, m0, cut).swapaxes(1, 2))
     before = jnp.concatenate([m0[:, None], m[:, :-1]], axis=1)
-    decay = jnp.maximum((log_forget + before - m) * LOG2E, FORGET)
+    decay = jnp.maximum((log_forget + (before - m)) * LOG2E, FORGET)
     if starts is not None:
         decay = jnp.where(starts, FORGET, decay)
     weight = (gate - m) * LOG2E

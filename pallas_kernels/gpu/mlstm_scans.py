@@ -4,13 +4,15 @@ import jax.numpy as jnp
 from pallas_kernels.gpu.gates import running_sum
 from pallas_kernels.steps import NO_STABILISER
 
-BLOCK = 64  # positions combined pair by pair; longer sequences are cut in blocks, whose ends make a shorter sequence
+# Positions combined pair by pair; longer sequences are cut in blocks, whose ends make a shorter sequence.
+BLOCK = 64
+SUMS_BLOCK = 32
 
 
-def _blocks(x, fill):
-    """[..., T] -> [..., N, 64], padded with `fill`."""
-    pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)]
-    return jnp.pad(x, pad, constant_values=fill).reshape(*x.shape[:-1], -1, BLOCK)
+def _blocks(x, fill, size):
+    """[..., T] -> [..., N, size], padded with `fill`."""
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
+    return jnp.pad(x, pad, constant_values=fill).reshape(*x.shape[:-1], -1, size)
 
 
 def running_max(log_decay, x, init, starts=None):
@@ -19,11 +21,11 @@ def running_max(log_decay, x, init, starts=None):
     Args: log_decay, x [..., T]; init [...]; starts bool [..., T], where m_t = x_t, or None.
     """
     size = x.shape[-1]
-    sums, x = running_sum(_blocks(log_decay, 0.0)), _blocks(x, NO_STABILISER)
+    sums, x = running_sum(_blocks(log_decay, 0.0, BLOCK)), _blocks(x, NO_STABILISER, BLOCK)
     place = jnp.arange(BLOCK)
     keep = place[:, None] >= place
     if starts is not None:
-        segment = running_sum(_blocks(starts.astype(jnp.float32), 0.0))
+        segment = running_sum(_blocks(starts.astype(jnp.float32), 0.0, BLOCK))
         keep = keep & (segment[..., :, None] == segment[..., None, :])
     m = jnp.max(jnp.where(keep, sums[..., :, None] - sums[..., None, :] + x[..., None, :], NO_STABILISER), axis=-1)
     entering = init[..., None]
@@ -43,9 +45,9 @@ def decayed_sums(total, x, init=None):
     size = x.shape[2]
     if init is None:
         init = jnp.zeros_like(x[:, :, 0])
-    if size > BLOCK:
-        total = _blocks(total, 0.0)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, -size % BLOCK), (0, 0))).reshape(*total.shape, x.shape[-1])
+    if size > SUMS_BLOCK:
+        total = _blocks(total, 0.0, SUMS_BLOCK)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -size % (SUMS_BLOCK)), (0, 0))).reshape(*total.shape, x.shape[-1])
         within = _from_zero(total, x)
         entering = decayed_sums(total.sum(-1), within[..., -1, :], init)
         passed = jnp.exp2(jnp.pad(running_sum(total), ((0, 0),) * 3 + ((1, 0),)))

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu import linear_attention as scalar
+from pallas_kernels.gpu.chunk_sums import bf16_parts, chunk_sums, row_dots
 from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
-from pallas_kernels.gpu.gates import LOG2E, by_chunk, gate_gradient, rounded, running_sum
+from pallas_kernels.gpu.gates import LOG2E, by_chunk, gate_gradient, running_sum
 from pallas_kernels.gpu.mlstm_scans import decayed_sums
 from pallas_kernels.gpu.pieces import count_pieces
-from pallas_kernels.gpu.tiles import CHUNK
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -37,30 +37,14 @@ def weighted_mean(q, k, v, gates, c0, n0, scale, interpret):
     return out["o"], out["state"][:, :, -1], out["n"]
 
 
-def _chunk_sums(x, weights):
-    """sum_j weights_j x_j of every chunk, float32 [B, H, N, K], from x [B, T, H, K] and weights [B, H, N, 64]."""
-    chunks = x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]).astype(jnp.float32)
-    return jnp.sum(chunks * weights.transpose(0, 2, 3, 1)[..., None], axis=2).swapaxes(1, 2)
-
-
-def _parts(x):
-    """float32 [..., K] as bf16 [..., 8, K] whose first three rows add up to it."""
-    parts = []
-    for _ in range(3):
-        high = rounded(x)
-        parts.append(high.astype(jnp.bfloat16))
-        x = x - high
-    return jnp.stack(parts + [jnp.zeros_like(parts[0])] * 5, axis=-2)
-
-
 def _forward(q, k, v, gates, c0, n0, scale, interpret, save_every=0):
     decay, weight, floor = gates
     pieces = count_pieces(*q.shape[:3], v.shape[-1])
     c = running_sum(decay)
     total, d = c[..., -1], c - weight
     states = scalar.entering_states(k, v, d, total, c0, pieces=pieces, reverse=False, interpret=interpret)
-    sums = decayed_sums(total, _chunk_sums(k, jnp.exp2(total[..., None] - d)), n0)
-    out = decay_pass(q, k, v, c, total, states, None, d=d, floor=floor, norms=_parts(sums[:, :, :-1]), scale=scale,
+    sums = decayed_sums(total, chunk_sums(k, jnp.exp2(total[..., None] - d), interpret=interpret), n0)
+    out = decay_pass(q, k, v, c, total, states, None, d=d, floor=floor, norms=bf16_parts(sums[:, :, :-1]), scale=scale,
                      reverse=False, pieces=pieces, stages=2, save_every=save_every, interpret=interpret)
     return out | {"n": sums[:, :, -1]}, (states, sums)
 
@@ -82,8 +66,7 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     c = running_sum(decay)
     total, d = c[..., -1], c - weight
     m = m.reshape(floor.shape)
-    delta = by_chunk(jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1))
-    delta = jnp.where(jnp.abs(m) > floor, jnp.sign(m) * delta, 0.0)
+    delta = jnp.where(jnp.abs(m) > floor, jnp.sign(m) * row_dots(do, o, interpret=interpret), 0.0)
     c_out = c - jnp.log2(jnp.maximum(jnp.abs(m), floor))
     dq = decay_pass(do, v, k, c_out, total, None if states is None else states.swapaxes(-1, -2), q, d=d, delta=delta,
                     norms=sums[:, :, :-1], scale=scale, reverse=False, pieces=pieces, stages=2, interpret=interpret)
@@ -91,8 +74,8 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     c, d, whole = total[..., None] - d, total[..., None] - c_out, total[..., None]
     unscaled = None if dfinal is None else dfinal / scale
     dstates = scalar.entering_states(q, do, d, total, unscaled, pieces=pieces, reverse=True, interpret=interpret)
-    behind = jnp.flip(decayed_sums(jnp.flip(total, 2), jnp.flip(_chunk_sums(q, delta * jnp.exp2(whole - d)), 2),
-                                   None if dn is None else -dn / scale), 2)
+    q_sums = chunk_sums(q, delta * jnp.exp2(whole - d), interpret=interpret)
+    behind = jnp.flip(decayed_sums(jnp.flip(total, 2), jnp.flip(q_sums, 2), None if dn is None else -dn / scale), 2)
     dkv = decay_pass_pair(q, k, v, do, c, total, dstates, saved, d=d, delta=delta, norms=behind[:, :, 1:], scale=scale,
                           pieces=pieces, save_every=scalar.SAVE_EVERY, interpret=interpret)
 

@@ -79,6 +79,7 @@ def test_interpreted_matches_the_reference(case, monkeypatch):
     monkeypatch.setattr(pieces, "MIN_PIECE_CHUNKS", 1)  # several pieces and saved states at a tiny T
     monkeypatch.setattr(scalar, "SAVE_EVERY", 2)
     monkeypatch.setattr(mlstm_scans, "BLOCK", 4)
+    monkeypatch.setattr(mlstm_scans, "SUMS_BLOCK", 2)
     interpret = plgpu.InterpretGPUParams()
     if case == "pieces":
         got = errors(*make(1, 310, 1, 64, 64, initial=True), interpret=interpret)
