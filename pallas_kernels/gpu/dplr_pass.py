@@ -273,17 +273,19 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
                        segments=segments)
     outs = {name: jax.ShapeDtypeStruct(q.shape, dtype) for name in ("dq", "dk", "da", "db")}
     outs["dg"] = jax.ShapeDtypeStruct(g.shape, g.dtype)
-    # Through global memory, since 24 bytes more of shared memory would halve the programs of a processor.
-    outs["kept"] = jax.ShapeDtypeStruct((b_size, heads, chunks, k_size), jnp.float32)
+    # Through global memory go what would halve the programs of a processor, 24 bytes more of shared memory, and what
+    # would be spilled.
+    outs |= {"kept": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size), jnp.float32),
+             "c": jax.ShapeDtypeStruct(q.shape, jnp.float32)}
     values = ("v", "u", "do", "de")
     scratch = {name: [tile(SQUARE, dtype)] * n_v for name in (*values, "entering")}
-    # R is spent before k and b are needed: with its tiles shared, two programs fit on a processor.
+    # R is spent before k' and b' are needed: with its tiles shared, two programs fit on a processor.
     scratch |= {"leaving": [tile(SQUARE, dtype)] * 2, "q": tile(SQUARE, dtype), "a": tile(SQUARE, dtype)}
 
     def body(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
-        smem, loaded, reads_loaded, writes_loaded = refs[len(names):]
+        smem, loaded, reads_loaded = refs[len(names):]
         column, chunk, batch = lax.axis_index("column"), lax.axis_index("chunk"), lax.axis_index("batch")
         head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
         here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
@@ -300,6 +302,7 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
         q_tile, a_tile, k_tile, b_tile = smem["q"], smem["a"], *smem["leaving"]
         q_tile[...] = jnp.where(row >= col, 1.0, 0.0).astype(dtype)
         g_here = gmem["g"].at[batch, here, head, mine]
+        c_here = gmem["c"].at[batch, here, head, mine]
         c = cumulative(load_decays(g_here), q_tile, a_tile, exact=g.dtype == dtype, interpret=interpret)
         plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(gmem["q"].at[batch, here, head, mine], q_tile, reads_loaded)
@@ -309,49 +312,47 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
         kept = sum(jnp.sum(load(s) * load(r), axis=1) for s, r in zip(tiles["entering"], tiles["leaving"], strict=True))
         kept_here = gmem["kept"].at[batch, head, chunk, mine]
         kept_here[...] = kept if keep is None else kept * gmem["keep"][batch, chunk]
-        dk_state, db_state = products((tiles["v"], turned(tiles["leaving"])), (tiles["u"], turned(tiles["leaving"])))
-        dk_state, db_state = seg.leaving(dk_state), seg.leaving(db_state)
-        plgpu.commit_smem()
-        plgpu.copy_gmem_to_smem(gmem["k"].at[batch, here, head, mine], k_tile, writes_loaded)
-        plgpu.copy_gmem_to_smem(gmem["b"].at[batch, here, head, mine], b_tile, writes_loaded)
-
-        def before():
-            return jnp.exp2(c - load_decays(g_here) * LOG2E)
-
         plgpu.barrier_wait(reads_loaded)
         q_tile[...] = (load(q_tile) * jnp.exp2(c)).astype(dtype)
-        a_tile[...] = (load(a_tile) * before()).astype(dtype)
+        a_tile[...] = (load(a_tile) * jnp.exp2(c - load_decays(g_here) * LOG2E)).astype(dtype)
+        c_here[...] = c
         plgpu.commit_smem()
 
-        def scores(left, right, keep, factor):
-            score, = products((tiles[left], turned(tiles[right])))
+        def load_global(ref):
+            return plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32)
+
+        def masked(score, keep, factor):
             return jnp.where(seg.masked(keep), score * factor, 0.0).astype(dtype)
 
-        def write(name, ref, state):
-            """(gradient, change of reach, share in the state) of k or b; `ref` gets the weighted tokens."""
-            pair = scores(name, "do", row <= col, scale), scores(name, "de", row < col, 1.0)
+        def write(own, values):
+            """(gradient, weighted tokens, change of reach, share in the state) of k or b."""
+            own = load_global(gmem[own].at[batch, here, head, mine])
+            right = (turned(tiles[name]) for name in ("leaving", "do", "de"))
+            state, *pair = products(*((tiles[values], ref) for ref in right))
+            pair = masked(pair[0], row <= col, scale), masked(pair[1], row < col, 1.0)
             inner, = add_products((zeros(), pair, (q_tile, a_tile)), interpret=interpret)
-            weighted = (load(ref) * jnp.exp2(-c)).astype(dtype)
-            ref[...] = weighted
-            weighted = weighted.astype(jnp.float32)
-            return ((inner + state) * jnp.exp2(-c)).astype(dtype), weighted * inner, weighted * state
+            state, leave = seg.leaving(state), jnp.exp2(-load_global(c_here))
+            weighted = (own * leave).astype(dtype)
+            own = weighted.astype(jnp.float32)
+            return ((inner + state) * leave).astype(dtype), weighted, own * inner, own * state
 
         def read(gradient, keep, factor):
-            pair = scores(gradient, "v", keep, factor), scores(gradient, "u", keep, factor)
-            state, = products((tiles[gradient], turned(tiles["entering"])))
+            right = (turned(tiles[name]) for name in ("entering", "v", "u"))
+            state, *pair = products(*((tiles[gradient], ref) for ref in right))
+            pair = tuple(masked(score, keep, factor) for score in pair)
             return add_products((seg.entering(state) * factor, pair, (k_tile, b_tile)), interpret=interpret)[0]
 
-        plgpu.barrier_wait(writes_loaded)
-        dk, reach, written = write("v", k_tile, dk_state)
-        db, reach_b, written_b = write("u", b_tile, db_state)
+        dk, weighted_k, reach, written = write("k", "v")
+        db, weighted_b, reach_b, written_b = write("b", "u")
         reach, written = -reach - reach_b, (written + written_b).astype(dtype)
+        k_tile[...], b_tile[...] = weighted_k, weighted_b
         plgpu.commit_smem()
         dq = read("do", row >= col, scale)
         reach = reach + load(q_tile) * dq
-        q_tile[...] = (dq * jnp.exp2(c)).astype(dtype)
+        q_tile[...] = (dq * jnp.exp2(load_global(c_here))).astype(dtype)
         da = read("de", row > col, 1.0)
         erased = load(a_tile) * da
-        a_tile[...] = (da * before()).astype(dtype)
+        a_tile[...] = (da * jnp.exp2(load_global(c_here) - load_decays(g_here) * LOG2E)).astype(dtype)
         k_tile[...], b_tile[...] = dk, db
         plgpu.commit_smem()
         for name, ref in (("dq", q_tile), ("da", a_tile), ("dk", k_tile), ("db", b_tile)):
@@ -367,14 +368,13 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
         after = strict.transpose(T_CONTRACT)
         dg, = products(((after, after, strict), (high, low, prefix)))
         dg = dg + reach + columns(plgpu.load(kept_here, layout=WGMMA.reduce(0), optimized=False), SQUARE)
-        given = plgpu.load(g_here, layout=WGMMA, optimized=False).astype(jnp.float32)
-        gmem["dg"].at[batch, here, head, mine][...] = jnp.where(given >= MIN_LOG_DECAY, dg, 0.0).astype(g.dtype)
+        dg = jnp.where(load_global(g_here) >= MIN_LOG_DECAY, dg, 0.0)
+        gmem["dg"].at[batch, here, head, mine][...] = dg.astype(g.dtype)
         plgpu.wait_smem_to_gmem(0)
 
     got = plgpu.kernel(
         body, out_type=tuple(outs.values()),
-        scratch_types=(scratch, plgpu.Barrier(num_arrivals=6 * n_v), plgpu.Barrier(num_arrivals=2),
-                       plgpu.Barrier(num_arrivals=2)),
+        scratch_types=(scratch, plgpu.Barrier(num_arrivals=6 * n_v), plgpu.Barrier(num_arrivals=2)),
         grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(*operands.values())
