@@ -23,19 +23,17 @@ from pallas_kernels.gpu.tiles import (
     CHUNK,
     T_CONTRACT,
     WGMMA,
-    Walk,
     add_products,
     columns,
-    launch,
     present,
     products,
     refined_inverse,
-    release,
     rows,
     tile,
     two_parts,
     unit_lower_inverse,
 )
+from pallas_kernels.gpu.walk import walk_chunks
 
 MIN_LOG_DECAY = -100.0  # empties a float32 state; a finite stand-in for -inf
 LEVELS = 6  # halves of 32, 16, .. 1 tokens
@@ -205,87 +203,23 @@ def weighted_pass(x, y, z, a, total, init, *, reverse, pieces, keep=False, inter
       keep: also return the states that enter the chunks. With neither outputs nor those, the last piece is skipped.
     Returns: dict with state [B, H, P or P-1, K, V] leaving each piece; o [B, T, H, V]; entering [B, H, N, K, V] bf16.
     """
-    b_size, t_size, heads, k_size = y.shape
-    v_size, dtype = z.shape[-1], z.dtype
-    chunks, n_wg = t_size // CHUNK, v_size // BLOCK
-    stages = 3
-    with_output = x is not None
-    states_only = not with_output and not keep
-    n_pieces = pieces - 1 if states_only else pieces
-    piece_offset = 1 if reverse and states_only else 0
-    operands = present(x=x, y=y, z=z, a=a, total=total, init=init)
-    outs = {"state": jax.ShapeDtypeStruct((b_size, heads, n_pieces, k_size, v_size), jnp.float32)}
-    scratch = {"y": tile((stages, CHUNK, k_size), dtype), "z": tile((stages, n_wg, CHUNK, BLOCK), dtype),
-               "total": plgpu.SMEM((stages, k_size), jnp.float32)}
-    if with_output:
-        outs["o"] = jax.ShapeDtypeStruct(z.shape, dtype)
-        scratch |= {"x": tile((stages, CHUNK, k_size), dtype), "a": tile((stages, *SQUARE), dtype),
-                    "o": tile((n_wg, CHUNK, BLOCK), dtype)}
-    if keep:
-        outs["entering"] = jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), dtype)
-    if not states_only:
-        scratch["s16"] = tile((n_wg, k_size, BLOCK), dtype)
+    def chunk(walk):
+        smem, own = walk.smem, walk.own
+        terms = [(walk.decayed(walk.state), smem("y").transpose(T_CONTRACT), smem("z"))]
+        if x is not None:
+            scores = smem("a").transpose(T_CONTRACT) if reverse else smem("a")
+            terms.append((zeros(), (scores, smem("x")), (smem("z"), walk.state16)))
+        state, *o = add_products(*terms, interpret=interpret)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk wrote has left shared memory
+        if x is not None:
+            own[...] = o[0].astype(own.dtype)
+            plgpu.commit_smem()
+            walk.store("o", own)
+        return state
 
-    def body(*refs):
-        names = (*operands, *outs)
-        gmem = dict(zip(names, refs[: len(names)], strict=True))
-        smem, full, empty = refs[len(names):]
-        head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
-        out_piece = lax.axis_index("piece")
-        piece = out_piece + piece_offset
-        walk = Walk(chunks, pieces, stages, reverse, piece)
-
-        def copies(chunk, slot):
-            here = pl.ds(chunk * CHUNK, CHUNK)
-            pairs = [(gmem[n].at[batch, here, head], smem[n].at[slot]) for n in ("x", "y") if n in scratch]
-            pairs += [(gmem["z"].at[batch, here, head, pl.ds(w * BLOCK, BLOCK)], smem["z"].at[slot, w])
-                      for w in range(n_wg)]
-            return pairs + [(gmem[n].at[batch, head, chunk], smem[n].at[slot]) for n in ("a", "total") if n in scratch]
-
-        @pl.when(wg == n_wg)
-        def _():
-            walk.load(copies, full, empty)
-
-        @pl.when(wg < n_wg)
-        def _():  # every compute warpgroup owns 64 value columns and never waits for another
-            plgpu.set_max_registers(232 if n_wg == 2 else 216, action="increase")
-            cols = pl.ds(wg * BLOCK, BLOCK)
-            if init is not None:
-                state = plgpu.load(gmem["init"].at[batch, head, piece, :, cols], layout=WGMMA, optimized=False)
-            else:
-                state = plgpu.layout_cast(jnp.zeros((k_size, BLOCK), jnp.float32), WGMMA)
-
-            def step(i, state):
-                slot, chunk = walk.slot(i), walk.chunk(i)
-                here = pl.ds(chunk * CHUNK, CHUNK)
-                if not states_only:
-                    s16 = smem["s16"].at[wg]
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    s16[...] = state.astype(dtype)
-                    plgpu.commit_smem()
-                    if keep:
-                        plgpu.copy_smem_to_gmem(s16, gmem["entering"].at[batch, head, chunk, :, cols])
-                plgpu.barrier_wait(full.at[slot])
-                y_turned, z_tile = smem["y"].at[slot].transpose(T_CONTRACT), smem["z"].at[slot, wg]
-                total_row = plgpu.load(smem["total"].at[slot], layout=WGMMA.reduce(1))
-                terms = [(state * rows(jnp.exp2(total_row), state.shape), y_turned, z_tile)]
-                if with_output:
-                    a_tile = smem["a"].at[slot].transpose(T_CONTRACT) if reverse else smem["a"].at[slot]
-                    terms.append((zeros(), (a_tile, smem["x"].at[slot]), (z_tile, s16)))
-                state, *o = add_products(*terms, interpret=interpret)
-                release(empty.at[slot])
-                if with_output:
-                    smem["o"].at[wg][...] = o[0].astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(smem["o"].at[wg], gmem["o"].at[batch, here, head, cols])
-                return state
-
-            state = lax.fori_loop(0, walk.steps, step, state)
-            gmem["state"].at[batch, head, out_piece, :, cols][...] = state
-            plgpu.wait_smem_to_gmem(0)
-
-    return launch(body, operands, outs, arrivals=(4 if with_output else 2) + n_wg, consumers=n_wg, stages=stages,
-                  extra_scratch=(), grid=(heads, n_pieces, b_size), scratch=scratch, interpret=interpret)
+    results = (*(() if x is None else ("o",)), *(("entering",) if keep else ()))
+    return walk_chunks(chunk, present(x=x, y=y), present(a=a), present(z=z, total=total, init=init), results,
+                       reverse=reverse, pieces=pieces, stages=3, interpret=interpret)
 
 
 def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale, interpret=None):

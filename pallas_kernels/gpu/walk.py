@@ -28,7 +28,8 @@ class ChunkStep:
         plgpu.barrier_wait(self.late[0])
 
 
-def walk_chunks(chunk_step, keys, squares, arrays, results, *, reverse, split, late=(), interpret):
+def walk_chunks(chunk_step, keys, squares, arrays, results, *, reverse, split=1, pieces=None, late=(), stages=STAGES,
+                interpret):
     """Walks all chunks of every head; `chunk_step(ChunkStep)` returns the next state.
 
     Args:
@@ -37,6 +38,8 @@ def walk_chunks(chunk_step, keys, squares, arrays, results, *, reverse, split, l
         the state that enters each chunk.
       results: names of outputs [B, T, H, V]; "entering" for the states that enter the chunks.
       split: programs per head, each with its own value columns. Every compute warpgroup owns 64 of them.
+      pieces: pieces that T is cut in, each walked by programs of its own: init is then [B, H, P, K, V], of each piece,
+        and so is the state returned. Without results the piece that is walked last is left out.
       late: names of keys and squares with room for one chunk only; `ChunkStep.wait_late` comes before their first use.
     Returns: dict of the results and state [B, H, K, V] float32.
     """
@@ -45,13 +48,15 @@ def walk_chunks(chunk_step, keys, squares, arrays, results, *, reverse, split, l
     k_size, dtype = operands["total"].shape[-1], operands["z"].dtype
     chunks = t_size // CHUNK
     n_wg = v_size // BLOCK // split
-    outs = {"state": jax.ShapeDtypeStruct((b_size, heads, k_size, v_size), jnp.float32)}
+    walked = 1 if pieces is None else pieces if results else pieces - 1
+    axis = () if pieces is None else (walked,)
+    outs = {"state": jax.ShapeDtypeStruct((b_size, heads, *axis, k_size, v_size), jnp.float32)}
     for name in results:
         shape = (b_size, heads, chunks, k_size, v_size) if name == "entering" else operands["z"].shape
         outs[name] = jax.ShapeDtypeStruct(shape, dtype)
-    scratch = {name: tile((*(() if name in late else (STAGES,)), CHUNK, k_size if name in keys else CHUNK), dtype)
+    scratch = {name: tile((*(() if name in late else (stages,)), CHUNK, k_size if name in keys else CHUNK), dtype)
                for name in (*keys, *squares)}
-    scratch |= {"z": tile((STAGES, n_wg, CHUNK, BLOCK), dtype), "total": plgpu.SMEM((STAGES, k_size), jnp.float32),
+    scratch |= {"z": tile((stages, n_wg, CHUNK, BLOCK), dtype), "total": plgpu.SMEM((stages, k_size), jnp.float32),
                 "state16": tile((n_wg, k_size, BLOCK), dtype), "own": tile((n_wg, CHUNK, BLOCK), dtype)}
 
     def body(*refs):
@@ -59,8 +64,12 @@ def walk_chunks(chunk_step, keys, squares, arrays, results, *, reverse, split, l
         gmem = dict(zip(names, refs[: len(names)], strict=True))
         smem, full, empty, *late_barriers = refs[len(names):]
         head, batch, wg = lax.axis_index("head"), lax.axis_index("batch"), lax.axis_index("wg")
-        walk = Walk(chunks, 1, STAGES, reverse, 0)
-        first_block = lax.axis_index("piece") * n_wg
+        program = lax.axis_index("piece")
+        out_piece, part = lax.div(program, jnp.int32(split)), lax.rem(program, jnp.int32(split))
+        piece = out_piece + (walked != (pieces or 1) and reverse)
+        walk = Walk(chunks, pieces or 1, stages, reverse, piece)
+        first_block = part * n_wg
+        entered, left = ((batch, head, *(() if pieces is None else (p,))) for p in (piece, out_piece))
 
         def source(name, chunk):
             if name in keys:
@@ -87,7 +96,7 @@ def walk_chunks(chunk_step, keys, squares, arrays, results, *, reverse, split, l
             cols = pl.ds((first_block + wg) * BLOCK, BLOCK)
             state16, own = smem["state16"].at[wg], smem["own"].at[wg]
             if "init" in operands:
-                state = plgpu.load(gmem["init"].at[batch, head, :, cols], layout=WGMMA, optimized=False)
+                state = plgpu.load(gmem["init"].at[(*entered, slice(None), cols)], layout=WGMMA, optimized=False)
             else:
                 state = plgpu.layout_cast(jnp.zeros((k_size, BLOCK), jnp.float32), WGMMA)
             state16[...] = state.astype(dtype)
@@ -114,10 +123,10 @@ def walk_chunks(chunk_step, keys, squares, arrays, results, *, reverse, split, l
                 return state
 
             state = lax.fori_loop(0, walk.steps, step, state)
-            gmem["state"].at[batch, head, :, cols][...] = state
+            gmem["state"].at[(*left, slice(None), cols)][...] = state
             plgpu.wait_smem_to_gmem(0)
 
     late_barriers = (plgpu.Barrier(num_arrivals=len(late)), plgpu.Barrier(num_arrivals=n_wg)) if late else ()
     arrivals = len(keys) + len(squares) - len(late) + 1 + n_wg
-    return launch(body, operands, outs, arrivals=arrivals, consumers=n_wg, stages=STAGES, extra_scratch=late_barriers,
-                  grid=(heads, split, b_size), scratch=scratch, interpret=interpret)
+    return launch(body, operands, outs, arrivals=arrivals, consumers=n_wg, stages=stages, extra_scratch=late_barriers,
+                  grid=(heads, walked * split, b_size), scratch=scratch, interpret=interpret)

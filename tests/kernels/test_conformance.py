@@ -16,9 +16,8 @@ CHUNK = 16
 TPU_FAMILIES = ("linear", "simple_gla", "gla", "rwkv6", "normalised", "deltanet", "gated_deltanet", "deltaproduct",
                 "kda", "rwkv7", "mlstm", "diagonal", "diagonal_complex")
 
-# A normaliser is computed in float32; the DPLR kernel wants to be promised that decays are bounded; no complex kernel.
-GPU_REFUSES = {"normalised_gla": "must be bfloat16", "rwkv7": "min_log_decay",
-               "diagonal_complex": "must be bfloat16 or float32"}
+# With decays per channel a normaliser is computed in float32; no kernel is complex.
+GPU_REFUSES = {"normalised_gla": "must be bfloat16", "diagonal_complex": "must be bfloat16 or float32"}
 
 
 def outputs(family, arrays, ids, cotangent, implementation, **options):
