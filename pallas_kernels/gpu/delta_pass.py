@@ -9,7 +9,9 @@ Gates travel as one float32 array [B, H, N, 2, 64]: c and beta.
 
 In a walk one warpgroup brings the tiles and makes the scores Q K^T * P, a chunk ahead; every other one owns 64 value
 columns of the state, and never waits for its neighbours. The compiler's own barriers around every access to shared
-memory are off (`unsafe_no_auto_barriers`): `plgpu.commit_smem` stands where one is needed.
+memory are off (`unsafe_no_auto_barriers`): `plgpu.commit_smem` stands where one is needed. Every accumulator takes one
+product at a time, of stacked tiles where there would be two: ptxas serialises all wgmma of a group where one
+accumulator is given twice.
 """
 import jax
 import jax.numpy as jnp
@@ -32,14 +34,18 @@ from pallas_kernels.gpu.tiles import (
     rows,
     split_diagonal,
     tile,
+    two_parts,
 )
 
 TINY = 1e-36  # makes 0 / beta^2 a 0 where beta is 0
 OPTIONS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256, unsafe_no_auto_barriers=True)
 
 
-def _feed(walk, copies, full, empty, scores, scored):
-    """The loading warpgroup: `copies(chunk, slot)` lists (source, destination) pairs, `scores(slot)` makes a tile."""
+def _feed(walk, copies, smem, full, empty, scores, halved, scored):
+    """The loading warpgroup: `copies(chunk, slot)` lists (source, destination) pairs, `scores(slot)` makes a tile.
+
+    T arrives in fp16, but its products have bf16 operands: two bf16 tiles, whose sum it is, take its place.
+    """
     def load(i):
         slot = walk.slot(i)
         for src, dst in copies(walk.chunk(i), slot):
@@ -52,11 +58,15 @@ def _feed(walk, copies, full, empty, scores, scored):
     @pl.loop(0, walk.steps)
     def _(i):
         slot = walk.slot(i)
+        plgpu.barrier_wait(full.at[slot])
+        inverse = plgpu.load(smem["inverse"].at[slot], layout=WGMMA).astype(jnp.float32)
+        smem["t_high"][...], smem["t_low"][...] = two_parts(inverse, smem["t_high"].dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(halved)
         if scores is not None:
-            plgpu.barrier_wait(full.at[slot])
             scores(slot)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(scored.at[slot])
+            plgpu.barrier_arrive(scored)
         plgpu.barrier_wait(empty.at[slot])
 
         @pl.when(i + walk.stages < walk.steps)
@@ -65,7 +75,8 @@ def _feed(walk, copies, full, empty, scores, scored):
 
 
 def _launch(body, operands, outs, scratch, *, n_wg, stages, arrivals, grid, interpret):
-    ring = [plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (arrivals, n_wg, 1)]
+    ring = [plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (arrivals, n_wg)]
+    ring += [plgpu.Barrier(num_arrivals=1), plgpu.Barrier(num_arrivals=1)]
     run = plgpu.kernel(body, out_type=tuple(outs.values()), scratch_types=(scratch, *ring), grid=grid,
                        grid_names=("head", "piece", "batch"), num_threads=n_wg + 1, thread_name="wg",
                        compiler_params=OPTIONS, interpret=interpret)
@@ -78,13 +89,13 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
 
     Args:
       q, k: [B, T, H, K]; v: [B, T, H, V] bf16, T a multiple of 64, K and V in {64, 128}.
-      inverse: [B, H, N, 64, 64] from `chunk_inverses`; gates: [B, H, N, 2, 64]; decay: whether c is not all zero.
+      inverse: fp16 [B, H, N, 64, 64] from `chunk_inverses`; gates: [B, H, N, 2, 64]; decay: whether c is not all zero.
       init: float32 [B, H, P, K, V], the state entering each of the `pieces` of T, or None for zero (P = 1).
       split: programs per head, each with its own value columns (independent in a delta rule).
     Returns: dict with o [B, T, H, V] and state [B, H, K, V] float32; if `save` also u [B, T, H, V] and the states
-      entering the chunks, entering [B, H, N, K, V] bf16. Where q is None: local [B, H, P, 2, K, V] float32 for K = V,
-      the state leaving each piece when it enters as zero, and the piece's transition, so that
-      leaving = local[0] + local[1] @ entering.
+      entering the chunks, entering [B, H, N, K, V] bf16. Where q is None: local and moves [B, H, P, K, V] float32
+      for K = V, the state leaving each piece when it enters as zero, and the piece's transition, so that
+      leaving = local + moves @ entering.
     """
     b_size, t_size, heads, k_size = k.shape
     v_size, dtype = v.shape[-1], v.dtype
@@ -93,16 +104,17 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
     groups = split if with_output else 2  # programs of a head and piece
     n_wg = v_size // BLOCK // split
     operands = present(q=q, k=k, v=v, inverse=inverse, gates=gates, init=init)
-    own = tile((n_wg, CHUNK, BLOCK), dtype)
+    own, square = tile((n_wg, CHUNK, BLOCK), dtype), tile((CHUNK, CHUNK), dtype)
     scratch = dict(k=tile((stages, CHUNK, k_size), dtype), v=tile((stages, n_wg, CHUNK, BLOCK), dtype),
-                   inverse=tile((stages, CHUNK, CHUNK), dtype), gates=plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
-                   s16=tile((n_wg, k_size, BLOCK), dtype), us=own)
+                   inverse=tile((stages, CHUNK, CHUNK), jnp.float16), gates=plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
+                   s16=tile((n_wg, k_size, BLOCK), dtype), us=own, t_high=square, t_low=square)
     if with_output:
         outs = {"o": jax.ShapeDtypeStruct(v.shape, dtype),
                 "state": jax.ShapeDtypeStruct((b_size, heads, k_size, v_size), jnp.float32)}
-        scratch |= dict(q=scratch["k"], a=scratch["inverse"], u=own, o=own)
+        scratch |= dict(q=scratch["k"], a=square, u=own, o=own)
     else:
-        outs = {"local": jax.ShapeDtypeStruct((b_size, heads, pieces, 2, k_size, v_size), jnp.float32)}
+        local = jax.ShapeDtypeStruct((b_size, heads, pieces, k_size, v_size), jnp.float32)
+        outs = {"local": local, "moves": local}
     if save:
         outs["u"] = jax.ShapeDtypeStruct(v.shape, dtype)
         outs["entering"] = jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), dtype)
@@ -110,7 +122,7 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
     def body(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
-        smem, full, empty, scored = refs[len(names):]
+        smem, full, empty, halved, scored = refs[len(names):]
         program, piece, batch = lax.axis_index("head"), lax.axis_index("piece"), lax.axis_index("batch")
         head, group, wg = lax.div(program, jnp.int32(groups)), lax.rem(program, jnp.int32(groups)), lax.axis_index("wg")
         walk = Walk(chunks, pieces, stages, False, piece)
@@ -129,11 +141,11 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
         def scores(slot):
             a, = products((smem["q"].at[slot], smem["k"].at[slot].transpose(T_CONTRACT)))
             c_row, c_tile = (gate(slot, 0), smem["gates"].at[slot, 0]) if decay else (None, None)
-            smem["a"].at[slot][...] = decayed_scores(a, c_row, c_tile, False).astype(dtype)
+            smem["a"][...] = decayed_scores(a, c_row, c_tile, False).astype(dtype)
 
         @pl.when(wg == n_wg)
         def _():
-            _feed(walk, copies, full, empty, scores if with_output else None, scored)
+            _feed(walk, copies, smem, full, empty, scores if with_output else None, halved, scored)
 
         @pl.when(wg < n_wg)
         def _():
@@ -172,7 +184,8 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
                     state = state * jnp.exp2(last)
                 us_tile[...] = ((wanted - ks) * rows(gate(slot, 1), ks.shape)).astype(dtype)
                 plgpu.commit_smem()
-                u, = products((smem["inverse"].at[slot], us_tile))
+                plgpu.barrier_wait(halved)
+                u = sum(products((smem["t_high"], us_tile), (smem["t_low"], us_tile)))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but `entering`; a barrier too: all have read `us`
                 us_tile[...] = (u * rows(jnp.exp2(last - c_row), u.shape) if decay else u).astype(dtype)
                 write = state, k_tile.transpose(T_CONTRACT), us_tile
@@ -182,8 +195,8 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
                     plgpu.commit_smem()
                     if save:
                         plgpu.copy_smem_to_gmem(u_tile, gmem["u"].at[batch, here, head, cols])
-                    plgpu.barrier_wait(scored.at[slot])
-                    o, state = add_products((qs, smem["a"].at[slot], u_tile), write, interpret=interpret)
+                    plgpu.barrier_wait(scored)
+                    o, state = add_products((qs, smem["a"], u_tile), write, interpret=interpret)
                     plgpu.wait_smem_to_gmem(int(save), wait_read_only=True)  # all but `u`
                     smem["o"].at[wg][...] = (o * scale).astype(dtype)
                 else:
@@ -201,7 +214,10 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
                 def _():
                     gmem["state"].at[batch, head, :, cols][...] = state
             else:
-                gmem["local"].at[batch, head, piece, group, :, cols][...] = state
+                for n, name in enumerate(outs):
+                    @pl.when(group == n)
+                    def _():
+                        gmem[name].at[batch, head, piece, :, cols][...] = state  # noqa: B023
             plgpu.wait_smem_to_gmem(0)
 
     return _launch(body, operands, outs, scratch, n_wg=n_wg, stages=stages, arrivals=3 + with_output + n_wg,
@@ -231,16 +247,17 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
     if with_output:
         outs |= {"dv": jax.ShapeDtypeStruct(do.shape, dtype),
                  "leaving": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), dtype)}
-    own = tile((n_wg, CHUNK, BLOCK), dtype)
-    scratch = dict(q=tile((stages, CHUNK, k_size), dtype), k=tile((stages, CHUNK, k_size), dtype),
-                   do=tile((stages, n_wg, CHUNK, BLOCK), dtype), inverse=tile((stages, CHUNK, CHUNK), dtype),
-                   a=tile((stages, CHUNK, CHUNK), dtype), gates=plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
-                   r16=tile((n_wg, k_size, BLOCK), dtype), du=own, dv=own, dos=own)
+    own, square = tile((n_wg, CHUNK, BLOCK), dtype), tile((CHUNK, CHUNK), dtype)
+    first, second = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)
+    scratch = dict(qk=tile((stages, 2 * CHUNK, k_size), dtype), pair=tile((n_wg, 2 * CHUNK, BLOCK), dtype),
+                   do=tile((stages, n_wg, CHUNK, BLOCK), dtype), inverse=tile((stages, CHUNK, CHUNK), jnp.float16),
+                   a=square, t_high=square, t_low=square, gates=plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
+                   r16=tile((n_wg, k_size, BLOCK), dtype), dv=own)
 
     def body(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
-        smem, full, empty, scored = refs[len(names):]
+        smem, full, empty, halved, scored = refs[len(names):]
         program, piece, batch = lax.axis_index("head"), lax.axis_index("piece"), lax.axis_index("batch")
         head, group, wg = lax.div(program, jnp.int32(split)), lax.rem(program, jnp.int32(split)), lax.axis_index("wg")
         walk = Walk(chunks, pieces, stages, True, piece)
@@ -248,7 +265,8 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
 
         def copies(chunk, slot):
             here = pl.ds(chunk * CHUNK, CHUNK)
-            pairs = [(gmem[name].at[batch, here, head], smem[name].at[slot]) for name in ("k", "q")]
+            pairs = [(gmem[name].at[batch, here, head], smem["qk"].at[slot, half])
+                     for name, half in (("q", first), ("k", second))]
             pairs += [(gmem["do"].at[batch, here, head, pl.ds((first_block + w) * BLOCK, BLOCK)],
                        smem["do"].at[slot, w]) for w in range(n_wg)]
             return pairs + [(gmem[n].at[batch, head, chunk], smem[n].at[slot]) for n in ("inverse", "gates")]
@@ -257,13 +275,13 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
             return plgpu.load(smem["gates"].at[slot, index], layout=WGMMA.reduce(1))
 
         def scores(slot):
-            a, = products((smem["k"].at[slot], smem["q"].at[slot].transpose(T_CONTRACT)))
+            a, = products((smem["qk"].at[slot, second], smem["qk"].at[slot, first].transpose(T_CONTRACT)))
             c_row, c_tile = (gate(slot, 0), smem["gates"].at[slot, 0]) if decay else (None, None)
-            smem["a"].at[slot][...] = (later_scores(a, c_row, c_tile) * scale).astype(dtype)
+            smem["a"][...] = (later_scores(a, c_row, c_tile) * scale).astype(dtype)
 
         @pl.when(wg == n_wg)
         def _():
-            _feed(walk, copies, full, empty, scores, scored)
+            _feed(walk, copies, smem, full, empty, scores, halved, scored)
 
         @pl.when(wg < n_wg)
         def _():
@@ -272,7 +290,8 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                 r = plgpu.load(gmem["init"].at[batch, head, piece, :, cols], layout=WGMMA, optimized=False)
             else:
                 r = plgpu.layout_cast(jnp.zeros((k_size, BLOCK), jnp.float32), WGMMA)
-            r16, du, dv, dos = (smem[name].at[wg] for name in ("r16", "du", "dv", "dos"))
+            r16, dv, pair = (smem[name].at[wg] for name in ("r16", "dv", "pair"))
+            dos, du = pair.at[first], pair.at[second]
             r16[...] = r.astype(dtype)
             plgpu.commit_smem()
 
@@ -280,10 +299,10 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                 slot, chunk = walk.slot(i), walk.chunk(i)
                 here = pl.ds(chunk * CHUNK, CHUNK)
                 plgpu.barrier_wait(full.at[slot])
-                q_tile, k_tile, do_tile = smem["q"].at[slot], smem["k"].at[slot], smem["do"].at[slot, wg]
+                qk_tile, do_tile = smem["qk"].at[slot], smem["do"].at[slot, wg]
                 if with_output:
                     plgpu.copy_smem_to_gmem(r16, gmem["leaving"].at[batch, head, chunk, :, cols])
-                kr, = products((k_tile, r16))
+                kr, = products((smem["qk"].at[slot, second], r16))
                 out = plgpu.load(do_tile, layout=WGMMA).astype(jnp.float32) * scale
                 if decay:
                     c_row, last = gate(slot, 0), smem["gates"][slot, 0, CHUNK - 1]
@@ -292,11 +311,12 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                     out = out * from_start
                     r = r * jnp.exp2(last)
                 dos[...] = out.astype(dtype)
-                plgpu.barrier_wait(scored.at[slot])
-                d_u, = add_products((kr, smem["a"].at[slot], do_tile), interpret=interpret)
+                plgpu.barrier_wait(scored)
+                d_u, = add_products((kr, smem["a"], do_tile), interpret=interpret)
                 du[...] = d_u.astype(dtype)
                 plgpu.commit_smem()
-                dr, = products((smem["inverse"].at[slot].transpose(T_CONTRACT), du))
+                plgpu.barrier_wait(halved)
+                dr = sum(products(*((smem[name].transpose(T_CONTRACT), du) for name in ("t_high", "t_low"))))
                 dr = dr * rows(gate(slot, 1), dr.shape)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but `leaving`; a barrier too: all have read `du`
                 du[...] = (-dr * from_start if decay else -dr).astype(dtype)
@@ -305,8 +325,7 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                 plgpu.commit_smem()
                 if with_output:
                     plgpu.copy_smem_to_gmem(dv, gmem["dv"].at[batch, here, head, cols])
-                r, = add_products((r, (q_tile.transpose(T_CONTRACT), k_tile.transpose(T_CONTRACT)), (dos, du)),
-                                  interpret=interpret)
+                r, = add_products((r, qk_tile.transpose(T_CONTRACT), pair), interpret=interpret)
                 if with_output:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but `dv`
                 r16[...] = r.astype(dtype)
@@ -321,7 +340,7 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                    grid=(heads * split, pieces, b_size), interpret=interpret)
 
 
-def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, scale, interpret=None):
+def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, gate_sums, scale, interpret=None):
     """dQ, dK and the row sums for the gates, all chunks in parallel.
 
     With S the state entering the chunk, R the gradient of the state leaving it, U and dV from the two walks:
@@ -331,8 +350,8 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, scale, 
       dc = rowsum(Q * dQ + K * dK_erased - K * dK_written),   dbeta = rowsum(dV * U) / beta^2
     A program makes 64 columns of dQ and dK of one chunk.
 
-    Returns: dict with dq, dk and float32 partial sums [B, H, D/64, T]: dbeta, dc and inner, whose sum over a chunk is
-      <S', R> with S' the state leaving it.
+    Returns: dict with dq, dk; float32 dbeta [B, H, D/64, T], equal for the D/64 parts; and, if `gate_sums`, partial
+      sums of that shape: dc, and inner, whose sum over a chunk is <S', R> with S' the state leaving it.
     """
     b_size, t_size, heads, size = k.shape
     dtype = k.dtype
@@ -340,9 +359,11 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, scale, 
     n = size // BLOCK
     operands = present(q=q, k=k, do=do, u=u, dv=dv, entering=entering, leaving=leaving, gates=gates)
     outs = {name: jax.ShapeDtypeStruct(k.shape, dtype) for name in ("dq", "dk")}
-    outs |= {name: jax.ShapeDtypeStruct((b_size, heads, n, t_size), jnp.float32) for name in ("dbeta", "dc", "inner")}
-    scratch = {name: tile((n, CHUNK, BLOCK), dtype) for name in ("do", "u", "dv", "entering", "leaving")}
-    scratch |= {"q": tile((CHUNK, BLOCK), dtype), "k": tile((CHUNK, BLOCK), dtype),
+    sums = ("dbeta", "dc", "inner") if gate_sums else ("dbeta",)
+    outs |= {name: jax.ShapeDtypeStruct((b_size, heads, n, t_size), jnp.float32) for name in sums}
+    wide = tile((CHUNK, size), dtype)
+    scratch = {name: wide for name in ("do", "u", "dv", "entering", "leaving")}
+    scratch |= {"qk": tile((2 * CHUNK, BLOCK), dtype), "scores": tile((2 * CHUNK, CHUNK), dtype),
                 "gates": plgpu.SMEM((2, CHUNK), jnp.float32)}
 
     def body(*refs):
@@ -353,76 +374,71 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, scale, 
         column = lax.axis_index("column")
         head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
         here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
+        first, second = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)
         for name in ("do", "u", "dv"):
-            for b in range(n):
-                columns_b = pl.ds(b * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, columns_b], smem[name].at[b], values_in)
+            plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head], smem[name], values_in)
         plgpu.copy_gmem_to_smem(gmem["gates"].at[batch, head, chunk], smem["gates"], values_in)
         for name in ("entering", "leaving"):
-            for b in range(n):
-                columns_b = pl.ds(b * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine, columns_b], smem[name].at[b], states_in)
-        for name in ("q", "k"):
-            plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, mine], smem[name], states_in)
-
-        def whole(name):
-            return tuple(smem[name].at[b] for b in range(n))
+            plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine], smem[name], states_in)
+        for name, rows_of in (("q", first), ("k", second)):
+            plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, mine], smem["qk"].at[rows_of], states_in)
 
         def turned(name):
-            return tuple(ref.transpose(T_CONTRACT) for ref in whole(name))
+            return smem[name].transpose(T_CONTRACT)
 
         def load(ref):
             return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
 
         plgpu.barrier_wait(values_in)
-        da, g = products((whole("do"), turned("u")), (whole("dv"), turned("u")))
+        da, g = products((smem["do"], turned("u")), (smem["dv"], turned("u")))
         c_tile = smem["gates"].at[0] if decay else None
         c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
-        own, da = split_diagonal(decayed_scores(da, c_row, c_tile, False) * scale)
-        da = da.astype(dtype)
-        row = plgpu.broadcasted_iota(jnp.int32, g.shape, 0, layout=WGMMA)
-        col = plgpu.broadcasted_iota(jnp.int32, g.shape, 1, layout=WGMMA)
-        g = (-jnp.where(row > col, decayed_scores(g, c_row, c_tile, False), 0.0)).astype(dtype)
-        beta = plgpu.load(smem["gates"].at[1], layout=WGMMA.reduce(1))
-        dbeta = jnp.sum(load(smem["dv"].at[part]) * load(smem["u"].at[part]), axis=1)
-        dbeta = dbeta / jnp.maximum(beta * beta, TINY)
-        gmem["dbeta"].at[batch, head, part, here][...] = dbeta
-        plgpu.barrier_wait(states_in)
-        dq, written, erased = products((whole("do"), turned("entering")), (whole("u"), turned("leaving")),
-                                       (whole("dv"), turned("entering")))
-        # The value tiles are spent: scores, and then results, take their place, so that two programs share a processor.
-        da_tile, g_tile = smem["do"].at[part], smem["dv"].at[part]
-        plgpu.commit_smem()  # a barrier: all have read the values
-        da_tile[...], g_tile[...] = da, g
+        own, da = split_diagonal(da)
+        held, g = split_diagonal(g)
+        ones = plgpu.layout_cast(jnp.ones((CHUNK, CHUNK), jnp.float32), WGMMA)
+        weights = decayed_scores(ones, c_row, c_tile, False)
+        own = own * scale
+        smem["scores"].at[first][...] = (da * weights * scale).astype(dtype)
+        smem["scores"].at[second][...] = (-g * weights).astype(dtype)
         plgpu.commit_smem()
+        beta = plgpu.load(smem["gates"].at[1], layout=WGMMA.reduce(1))
+        gmem["dbeta"].at[batch, head, part, here][...] = held / jnp.maximum(beta * beta, TINY)
+        plgpu.barrier_wait(states_in)
+        dq, written, erased = products((smem["do"], turned("entering")), (smem["u"], turned("leaving")),
+                                       (smem["dv"], turned("entering")))
         dq, erased = dq * scale, -erased
-        inner = sum(jnp.sum(load(s) * load(r), axis=1)
-                    for s, r in zip(whole("entering"), whole("leaving"), strict=True))
+        q_tile, k_tile = smem["qk"].at[first], smem["qk"].at[second]
         if decay:
             tot = smem["gates"][0, CHUNK - 1]
             from_start = rows(jnp.exp2(c_row), dq.shape)
             dq, erased, written = dq * from_start, erased * from_start, written * rows(jnp.exp2(tot - c_row), dq.shape)
-            inner = inner * jnp.exp2(tot)
-        k_mine = load(smem["k"])
-        gmem["inner"].at[batch, head, part, here][...] = inner + jnp.sum(k_mine * written, axis=1)
+        if gate_sums:
+            inner = 0.0
+            for b in range(n):
+                s, r = (load(smem[name].at[:, pl.ds(b * BLOCK, BLOCK)]) for name in ("entering", "leaving"))
+                inner = inner + jnp.sum(s * r, axis=1)
+            inner = inner * jnp.exp2(tot) if decay else inner
+            gmem["inner"].at[batch, head, part, here][...] = inner + jnp.sum(load(k_tile) * written, axis=1)
         dq, erased, written = add_products(
-            (dq, da_tile, smem["k"]), (erased, g_tile, smem["k"]),
-            (written, (da_tile.transpose(T_CONTRACT), g_tile.transpose(T_CONTRACT)), (smem["q"], smem["k"])),
-            interpret=interpret)
-        dc = jnp.sum(load(smem["q"]) * dq, axis=1) + jnp.sum(k_mine * (erased - written), axis=1)
-        gmem["dc"].at[batch, head, part, here][...] = dc
+            (dq, smem["scores"].at[first], k_tile), (erased, smem["scores"].at[second], k_tile),
+            (written, turned("scores"), smem["qk"]), interpret=interpret)
+        q_mine, k_mine = load(q_tile), load(k_tile)
+        if gate_sums:
+            dc = jnp.sum(q_mine * dq, axis=1) + jnp.sum(k_mine * (erased - written), axis=1)
+            gmem["dc"].at[batch, head, part, here][...] = dc
         own = rows(own, dq.shape)
-        dq, written = dq + own * load(smem["k"]), written + own * load(smem["q"])
+        dq, written = dq + own * k_mine, written + own * q_mine
         plgpu.commit_smem()  # a barrier: all have read the scores
-        da_tile[...], g_tile[...] = dq.astype(dtype), (erased + written).astype(dtype)
+        results = smem["scores"].at[first], smem["scores"].at[second]
+        results[0][...], results[1][...] = dq.astype(dtype), (erased + written).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(da_tile, gmem["dq"].at[batch, here, head, mine])
-        plgpu.copy_smem_to_gmem(g_tile, gmem["dk"].at[batch, here, head, mine])
+        plgpu.copy_smem_to_gmem(results[0], gmem["dq"].at[batch, here, head, mine])
+        plgpu.copy_smem_to_gmem(results[1], gmem["dk"].at[batch, here, head, mine])
         plgpu.wait_smem_to_gmem(0)
 
     got = plgpu.kernel(
         body, out_type=tuple(outs.values()),
-        scratch_types=(scratch, plgpu.Barrier(num_arrivals=3 * n + 1), plgpu.Barrier(num_arrivals=2 * n + 2)),
+        scratch_types=(scratch, plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=4)),
         grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
         compiler_params=OPTIONS,
     )(*operands.values())

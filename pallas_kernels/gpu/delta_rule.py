@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu import kda
+from pallas_kernels.gpu.delta_carry import carry_states
 from pallas_kernels.gpu.delta_inverse import chunk_inverses
 from pallas_kernels.gpu.delta_pass import delta_forward, delta_gradients, delta_reverse
 from pallas_kernels.gpu.gates import by_chunk, chunk_decays, gate_gradient, pad_tokens, token_decays
+from pallas_kernels.gpu.head_parts import HeadParts
 from pallas_kernels.gpu.pieces import MIN_PIECE_CHUNKS, value_programs
 from pallas_kernels.gpu.tiles import CHUNK, not_hopper
 from pallas_kernels.steps import repeat_heads
@@ -34,8 +36,10 @@ def supports(q, k, v, beta=None, log_decay=None, *, chunk_size=None, **_):
         return f"q, k, v must be bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}"
     if q.shape[1] == 0:
         return "T must be at least 1"
-    if q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
-        return f"key and value head sizes must both be 64 or both 128, got {q.shape[-1]} and {v.shape[-1]}"
+    if q.shape[-1] not in (64, 128):
+        return f"key head size must be 64 or 128, got {q.shape[-1]}"
+    if v.shape[-1] % q.shape[-1] or v.shape[-1] > 256:
+        return f"value head size must be a multiple of the key head size, at most 256, got {v.shape[-1]}"
     return None
 
 
@@ -43,21 +47,28 @@ def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segm
     """S' = exp(log_decay_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, o_t = scale S_t^T q_t.
 
     Args:
-      q, k: [B, T, Hk, D]; v: [B, T, H, D], H a multiple of Hk; bf16, D 64 or 128, any T; beta |k|^2 <= 2.
+      q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K 64 or 128, V a multiple of K up to 256, any T;
+        beta |k|^2 <= 2. Values wider than keys run as several heads of K channels.
       beta: [B, T, H] in [0, 2]; where it is exactly 0 (a masked token) its gradient is given as 0.
-      log_decay: None, [H], [B, T, H] or [B, T, H, D] (rounded, see `kda`), natural log, <= 0.
-      initial_state: float32 [B, H, D, D] or None for zero.
+      log_decay: None, [H], [B, T, H] or [B, T, H, K] (rounded, see `kda`), natural log, <= 0.
+      initial_state: float32 [B, H, K, V] or None for zero.
       segment_ids: int [B, T] or None; the state is emptied where the id changes.
-    Returns: (o [B, T, H, D] in the dtype of v, final state float32 [B, H, D, D]).
+    Returns: (o [B, T, H, V] in the dtype of v, final state float32 [B, H, K, V]).
     Raises: ValueError where `supports` gives a reason.
     """
     if reason := supports(q, k, v, beta, log_decay):
         raise ValueError(f"pallas_gpu delta_rule: {reason}")
-    b_size, t_size, heads, _ = v.shape
-    q, k = repeat_heads(q, heads), repeat_heads(k, heads)
+    q, k = repeat_heads(q, v.shape[2]), repeat_heads(k, v.shape[2])
+    parts = HeadParts(1, v.shape[-1] // q.shape[-1])
+    q, k, v, initial_state = parts.of_keys(q), parts.of_keys(k), parts.of_values(v), parts.of_state(initial_state)
+    options = dict(scale=scale, initial_state=initial_state, segment_ids=segment_ids, interpret=interpret)
     if log_decay is not None and log_decay.ndim == 4:
-        return kda.delta_rule(q, k, v, beta, log_decay, scale=scale, initial_state=initial_state,
-                              segment_ids=segment_ids, interpret=interpret)
+        return parts.join(*kda.delta_rule(q, k, v, parts.of_heads(beta), parts.of_keys(log_decay), **options))
+    return parts.join(*_scalar_decay(q, k, v, parts.of_heads(beta), parts.of_heads(log_decay), **options))
+
+
+def _scalar_decay(q, k, v, beta, log_decay, *, scale, initial_state, segment_ids, interpret):
+    b_size, t_size, heads, _ = v.shape
     decay = token_decays(log_decay, segment_ids, b_size, t_size, heads)
     # a beta of zero without decay changes neither state nor gradients
     q, k, v, beta, decay = (None if x is None else pad_tokens(x)
@@ -81,24 +92,6 @@ def delta_pieces(v):
     return -(-chunks // per_piece)
 
 
-def _carry(first, local, transitions, reverse=False):
-    """State [B, H, P, K, V] that enters each piece: next = local + transition @ state, from `first` or zero.
-
-    local, transitions [B, H, P, K, ...]; with `reverse` from the last piece to the first, transitions transposed.
-    """
-    pieces = local.shape[2]
-    states = [jnp.zeros_like(local[:, :, 0]) if first is None else first]
-    for p in range(pieces - 1):
-        at = pieces - 1 - p if reverse else p
-        if p == 0 and first is None:
-            states.append(local[:, :, at])
-            continue
-        m = transitions[:, :, at]
-        m = m.swapaxes(-1, -2) if reverse else m
-        states.append(local[:, :, at] + jnp.matmul(m, states[-1], precision="highest"))
-    return jnp.stack(states[::-1] if reverse else states, axis=2)
-
-
 def _gates(beta, decay):
     """float32 [B, H, N, 2, 64]: in-chunk log2 decays and beta."""
     beta = by_chunk(beta)
@@ -115,15 +108,14 @@ def _delta_rule(q, k, v, beta, decay, init, scale, interpret):
 def _forward(q, k, v, beta, decay, init, scale, interpret, save=False):
     gates, decays, pieces = _gates(beta, decay), decay is not None, delta_pieces(v)
     inverse = chunk_inverses(k, gates, decay=decays, interpret=interpret)
-    transitions, states = None, None if init is None else init[:, :, None]
+    moves, states = None, None if init is None else init[:, :, None]
     if pieces > 1:
-        local = delta_forward(None, k, v, inverse, gates, None, decay=decays, scale=scale, pieces=pieces,
-                              interpret=interpret)["local"]
-        transitions = local[:, :, :, 1]
-        states = _carry(init, local[:, :, :, 0], transitions)
+        local, moves = delta_forward(None, k, v, inverse, gates, None, decay=decays, scale=scale, pieces=pieces,
+                                     interpret=interpret).values()
+        states = carry_states(init, local, moves, interpret=interpret)
     out = delta_forward(q, k, v, inverse, gates, states, decay=decays, scale=scale, pieces=pieces,
                         split=value_programs(v) if pieces == 1 else 1, save=save, interpret=interpret)
-    return out, (inverse, transitions)
+    return out, (inverse, moves)
 
 
 def _vjp_forward(q, k, v, beta, decay, init, scale, interpret):
@@ -134,7 +126,7 @@ def _vjp_forward(q, k, v, beta, decay, init, scale, interpret):
 
 
 def _vjp_backward(scale, interpret, residuals, cotangents):
-    (q, k, v, beta, decay, init), (inverse, transitions), u, entering, gate_grad = residuals
+    (q, k, v, beta, decay, init), (inverse, moves), u, entering, gate_grad = residuals
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
     gates, pieces = _gates(beta, decay), delta_pieces(v)
@@ -142,11 +134,11 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     states = None if dfinal is None else dfinal[:, :, None]
     if pieces > 1:
         local = delta_reverse(q, k, do, inverse, gates, None, emit="state", **options)["state"]
-        states = _carry(dfinal, local, transitions, reverse=True)
+        states = carry_states(dfinal, local, moves, reverse=True, interpret=interpret)
     back = delta_reverse(q, k, do, inverse, gates, states, split=value_programs(v) if pieces == 1 else 1, **options)
     grads = delta_gradients(q, k, do, u, back["dv"], entering, back["leaving"], gates, decay=decay is not None,
-                            scale=scale, interpret=interpret)
-    dbeta = jnp.sum(grads["dbeta"], axis=2).transpose(0, 2, 1)
+                            gate_sums=gate_grad is not None, scale=scale, interpret=interpret)
+    dbeta = grads["dbeta"][:, :, 0].transpose(0, 2, 1)
     ddecay = None
     if gate_grad is not None:
         inner = jnp.sum(grads["inner"].reshape(*grads["inner"].shape[:3], -1, CHUNK), axis=(2, 4))
