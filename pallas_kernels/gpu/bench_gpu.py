@@ -199,6 +199,7 @@ def main(argv=None):
             parser.error(f"--families {name}: allowed are {', '.join(FAMILIES)}")
     if not set(args.shapes.split(",")) <= set(map(str, range(len(SHAPES)))):
         parser.error(f"--shapes {args.shapes}: allowed are indices from 0 to {len(SHAPES) - 1}")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the GPU's memory
     if jax.default_backend() != "gpu":
         parser.error(f"a GPU is needed, the default backend is {jax.default_backend()}")
     start, rates = time.perf_counter(), ceilings()
@@ -211,7 +212,6 @@ def main(argv=None):
     )
     print(f"{doc['device']}: matmul {doc['matmul_tflops']:.0f} TFLOP/s, copy {doc['copy_gbs']:.0f} GB/s", flush=True)
     todo = tasks(families, [SHAPES[int(i)] for i in args.shapes.split(",")])
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the GPU's memory
     context = multiprocessing.get_context("spawn")
     queue, turn, results = context.Queue(), context.Lock(), context.Queue()
     running = min(args.jobs, len(todo))
