@@ -62,6 +62,15 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def recomputed(function):
+    """`function`, of which a backward pass keeps the arguments alone and computes the rest again.
+
+    For what lies between matrix products: in a layer scan its intermediates would be written to memory and read back,
+    which takes longer. (Without a scan XLA finds the values of the forward pass and takes them.)
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
 class Maker:
     """Creates the parameters of one block: `make.matrix(...)`, `make.vector(...)` from a key of its own."""
 

@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_lm.layers import wide
+from efficient_lm.layers import recomputed, wide
 from efficient_lm.registry import Registry
 
 NORMS = Registry("norm")
+
+
+def _unit_rms(y, eps):
+    return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
 
 
 @NORMS.register("srmsnorm")
@@ -22,8 +26,7 @@ class SimpleRMSNorm(nnx.Module):
         return 0
 
     def __call__(self, x):
-        y = wide(x)
-        return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)).astype(x.dtype)
+        return recomputed(lambda x: _unit_rms(wide(x), self.eps).astype(x.dtype))(x)
 
 
 @NORMS.register("rmsnorm")
@@ -39,9 +42,7 @@ class RMSNorm(nnx.Module):
         return width
 
     def __call__(self, x):
-        y = wide(x)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return recomputed(lambda x, scale: (_unit_rms(wide(x), self.eps) * scale).astype(x.dtype))(x, self.scale[...])
 
 
 @NORMS.register("layernorm")
@@ -58,7 +59,10 @@ class LayerNorm(nnx.Module):
         return 2 * width
 
     def __call__(self, x):
-        y = wide(x)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        @recomputed
+        def normed(x, scale, bias):
+            y = wide(x)
+            y = _unit_rms(y - jnp.mean(y, axis=-1, keepdims=True), self.eps)
+            return (y * scale + bias).astype(x.dtype)
+
+        return normed(x, self.scale[...], self.bias[...])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_lm.layers import wide
+from efficient_lm.layers import recomputed, wide
 from efficient_lm.registry import Registry
 from efficient_lm.schema import ConfigError
 
@@ -73,6 +73,7 @@ def activation_params(name: str) -> int:
 
 
 def _pointwise(name, function):
+    function = recomputed(function)
     ACTIVATIONS.register(name)(type(name, (Activation,), {"__call__": lambda self, x: function(x), "__doc__": name}))
 
 

@@ -129,7 +129,7 @@ def parts(cfg, rows: int) -> dict:
     router = d**-0.5 * jax.random.normal(keys[1], (d, moe.n_experts))
 
     def route(x, router):
-        logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+        logits = routing.router_logits(x, router)
         routed = routing.route(logits, None, moe)
         load = jax.lax.stop_gradient(routing.loads(routed, jnp.ones(n)))
         loss = routing.balance_loss(routed, jnp.ones(n), load=load) + routing.z_loss(logits, jnp.ones(n))
@@ -141,14 +141,17 @@ def parts(cfg, rows: int) -> dict:
     part = Part(lambda key, layer=0: Bank(moe, model, Maker(key, model, layer)), 0)
     bank = jax.tree.map(lambda leaf: leaf.astype(model.dtype), part.init(keys[2], 0))
     packed = jax.jit(dispatch.scatter_tokens)(x, slots, sources)
-    alone = both_ways(lambda bank, packed, sizes: part.bind(bank).grouped(packed, sizes), bank, packed, sizes)
+    scale = jax.jit(dispatch.scatter_choices)(weights, slots, sources)
+    alone = both_ways(
+        lambda bank, packed, scale, sizes: part.bind(bank).grouped(packed, scale, sizes), bank, packed, scale, sizes
+    )
     flops = 6 * n * moe.top_k * d * moe.width(d) * (3 if moe.glu else 2)
     return {
         "router": both_ways(lambda x, router: route(x, router)[0], x, router),
         "order": {"forward_ms": 1e3 * seconds(lambda: order(experts))},
         "pack": both_ways(dispatch.scatter_tokens, x, slots, sources),
         "experts": alone | {"tflops": flops / alone["ms"] / 1e9},
-        "combine": both_ways(dispatch.combine, packed, weights, slots, sources),
+        "combine": both_ways(dispatch.combine, packed, slots, sources),
         "largest load / mean": float(jnp.max(sizes) / jnp.mean(sizes)),
     }
 

@@ -48,65 +48,60 @@ def _rows(x, index):
     return x.at[index].get(mode="fill", fill_value=0)
 
 
+def _sums(y, slots):
+    """y [S, d] -> [N, d]: sums over the choices of each token, added up in at least float32."""
+    return jnp.sum(wide(_rows(y, slots)), axis=1).astype(y.dtype)
+
+
 @jax.custom_vjp
 def scatter_tokens(x, slots, sources):
     """x [N, d] -> [S, d]: the token of each slot, zeros in empty ones."""
     return _rows(x, sources // slots.shape[1])
 
 
-def _scatter_forward(x, slots, sources):
+def _scatter_tokens_forward(x, slots, sources):
     return scatter_tokens(x, slots, sources), (slots, sources)
 
 
-def _scatter_backward(saved, g):
-    slots, sources = saved
-    return jnp.sum(_rows(g, slots), axis=1), _no_gradient(slots), _no_gradient(sources)
+def _scatter_tokens_backward(saved, g):
+    return _sums(g, saved[0]), *map(_no_gradient, saved)
 
 
-scatter_tokens.defvjp(_scatter_forward, _scatter_backward)
-
-
-@jax.custom_vjp
-def gather_choices(y, slots, sources):
-    """y [S, d] -> [N, k, d]: the output of each choice, zeros for dropped ones."""
-    return _rows(y, slots)
-
-
-def _gather_forward(y, slots, sources):
-    return gather_choices(y, slots, sources), (slots, sources)
-
-
-def _gather_backward(saved, g):
-    slots, sources = saved
-    return _rows(g.reshape(-1, g.shape[-1]), sources), _no_gradient(slots), _no_gradient(sources)
-
-
-gather_choices.defvjp(_gather_forward, _gather_backward)
+scatter_tokens.defvjp(_scatter_tokens_forward, _scatter_tokens_backward)
 
 
 @jax.custom_vjp
-def combine(outputs, weights, slots, sources):
-    """Outputs of the slots [S, d], weights [N, k] -> [N, d] in at least float32: the sum of each token's choices.
-
-    Dropped choices count as zeros. No einsum: a GPU would make it a product of N tiny matrices.
-    """
-    return jnp.sum(weights[:, :, None] * wide(_rows(outputs, slots)), axis=1)
+def combine(y, slots, sources):
+    """y [S, d] -> [N, d]: the sum of each token's slots, dropped choices counting as zeros; `scatter_tokens` back."""
+    return _sums(y, slots)
 
 
-def _combine_forward(outputs, weights, slots, sources):
-    return combine(outputs, weights, slots, sources), (outputs, weights, slots, sources)
+def _combine_forward(y, slots, sources):
+    return combine(y, slots, sources), (slots, sources)
 
 
-def _combine_backward(saved, dy):
-    outputs, weights, slots, sources = saved
-    # Rows of dy are fetched for each slot, so that nothing [N, k, d] is written.
-    rows = wide(_rows(dy.astype(outputs.dtype), sources // slots.shape[1]))
-    d_outputs = (_rows(weights.reshape(-1), sources)[:, None] * rows).astype(outputs.dtype)
-    d_weights = jnp.sum(dy[:, None, :] * wide(_rows(outputs, slots)), axis=-1)
-    return d_outputs, d_weights.astype(weights.dtype), _no_gradient(slots), _no_gradient(sources)
+def _combine_backward(saved, g):
+    return scatter_tokens(g, *saved), *map(_no_gradient, saved)
 
 
 combine.defvjp(_combine_forward, _combine_backward)
+
+
+@jax.custom_vjp
+def scatter_choices(x, slots, sources):
+    """x [N, k, ...] -> [S, ...]: what belongs to the choice in each slot, zeros in empty ones."""
+    return _rows(x.reshape(-1, *x.shape[2:]), sources)
+
+
+def _scatter_choices_forward(x, slots, sources):
+    return scatter_choices(x, slots, sources), (slots, sources)
+
+
+def _scatter_choices_backward(saved, g):
+    return _rows(g, saved[0]), *map(_no_gradient, saved)
+
+
+scatter_choices.defvjp(_scatter_choices_forward, _scatter_choices_backward)
 
 
 def _no_gradient(index):

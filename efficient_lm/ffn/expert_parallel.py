@@ -56,10 +56,11 @@ class Exchange:
         self.local = cfg.n_experts // devices
         self.factor, self.k = cfg.exchange_factor, cfg.top_k
 
-    def __call__(self, apply, x, experts):
-        """apply(rows [M, d], sizes [E / P]) on the device of each expert.
+    def __call__(self, apply, x, experts, weights):
+        """apply(rows [M, d], weights [M], sizes [E / P]) on the device of each expert.
 
-        x [N, d], experts [N, k] -> outputs [S, d] of the slots that x was sent in, slots, sources (see dispatch).
+        x [N, d], experts and weights [N, k] -> outputs [S, d] of the slots that x was sent in, slots, sources (see
+        dispatch).
         """
         n, k = experts.shape
         capacity = min(n * k, math.ceil(self.factor * n * k / self.devices))
@@ -67,10 +68,12 @@ class Exchange:
         # Rows that nobody fills belong to expert `local`, which does not exist.
         wanted = jnp.where(sources < n * k, (experts % self.local).reshape(-1)[sources % (n * k)], self.local)
         rows = self._swap(dispatch.scatter_tokens(x, slots, sources))
+        scale = self._swap(dispatch.scatter_choices(weights, slots, sources))
         expert = self._swap(wanted[:, None])
         order, origin, sizes = dispatch.sort_by_expert(expert, self.local + 1)
-        y = apply(dispatch.scatter_tokens(rows, order, origin), sizes[:-1])
-        return self._swap(dispatch.gather_choices(y, order, origin)[:, 0]), slots, sources
+        scale = dispatch.scatter_choices(scale[:, None], order, origin)
+        y = apply(dispatch.scatter_tokens(rows, order, origin), scale, sizes[:-1])
+        return self._swap(dispatch.combine(y, order, origin)), slots, sources
 
     def _swap(self, x):
         """[P * capacity, ...], block p for device p -> block p from device p."""

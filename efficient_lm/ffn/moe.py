@@ -18,7 +18,7 @@ from efficient_lm.ffn.activations import activation_params, find_activation, mak
 from efficient_lm.ffn.base import FFN, FFNS, FFNConfig
 from efficient_lm.ffn.dense import Dense, DenseConfig
 from efficient_lm.flops import Flops, dense
-from efficient_lm.layers import wide
+from efficient_lm.layers import recomputed, wide
 from efficient_lm.schema import ConfigError, setting
 from pallas_kernels import api
 
@@ -101,26 +101,33 @@ class Bank(nnx.Module):
         self.act = make_activation(cfg.activation, make)
         self.product = None if cfg.implementation == "sorted" else cfg.implementation
 
-    def dense(self, x):
-        """[N, d] or [E, N, d] -> [E, N, d]: every expert on all tokens, or on its own."""
-        return self._apply(lambda x, kernels: jnp.concatenate([x @ kernel for kernel in kernels], axis=-1), x)
+    def dense(self, x, weights):
+        """[N, d] or [E, N, d] -> [E, N, d]: every expert on all tokens, or on its own, times `weights` [E, N]."""
+        product = lambda x, kernels: jnp.concatenate([x @ kernel for kernel in kernels], axis=-1)  # noqa: E731
+        return self._apply(product, x, weights)
 
-    def grouped(self, x, sizes):
-        """Rows [S, d] sorted by expert, `sizes` [E] rows each -> [S, d]."""
-        return self._apply(lambda x, kernels: api.grouped_matmul(x, kernels, sizes, implementation=self.product), x)
+    def grouped(self, x, weights, sizes):
+        """Rows [S, d] sorted by expert, `sizes` [E] rows each -> [S, d], times `weights` [S]."""
+        product = functools.partial(api.grouped_matmul, group_sizes=sizes, implementation=self.product)
+        return self._apply(product, x, weights)
 
-    def _apply(self, product, x):
+    def _apply(self, product, x, weights):
         """product(x, matrices): the products with matrices [E, d_in, d_out] side by side."""
 
         def through(x, *layers):
             return product(x, tuple(layer.kernel[...].astype(x.dtype) for layer in layers))
 
+        @recomputed
+        def weighted(weights, *factors):
+            return (weights[..., None] * math.prod(map(wide, factors))).astype(x.dtype)
+
         if self.gate is None:
-            hidden = self.act(through(x, self.up))
+            factors = (self.act(through(x, self.up)),)
         else:
             up, gate = jnp.split(through(x, self.up, self.gate), 2, axis=-1)
-            hidden = self.act(gate) * up
-        return through(hidden, self.down)
+            factors = self.act(gate), up
+        # Weights come before the last product: its output then need not be kept for their gradient.
+        return through(weighted(weights, *factors), self.down)
 
 
 @FFNS.register("moe")
@@ -142,12 +149,12 @@ class MoE(FFN):
     def __call__(self, x, ctx):
         cfg, rows = self.cfg, x.shape[0]
         tokens = x.reshape(-1, x.shape[-1])
-        logits = jnp.matmul(wide(tokens), wide(self.router[...]), precision=jax.lax.Precision.HIGHEST)
+        logits = routing.router_logits(tokens, self.router[...])
         if self.temperature is not None:
             logits /= self.temperature[...]
         routed = routing.route(logits, None if self.bias is None else self.bias[...], cfg)
         y, dropped = self._experts(tokens, routed, rows)
-        y = y.astype(x.dtype).reshape(x.shape)
+        y = y.reshape(x.shape)
         if self.shared is not None:
             y += self.shared(x, ctx)[0]
 
@@ -176,8 +183,8 @@ class MoE(FFN):
         cfg = self.cfg
         if cfg.implementation == "dense":
             weights = routed.weights[:, :, None] * routing.one_hot(routed.experts, routed.probabilities)
-            outputs = wide(self.experts.dense(x))
-            return jnp.einsum("ne,end->nd", jnp.sum(weights, axis=1), outputs), jnp.zeros(len(x))
+            outputs = self.experts.dense(x, jnp.sum(weights, axis=1).T)
+            return jnp.sum(outputs, axis=0), jnp.zeros(len(x))
         mixed = functools.partial(mix, cfg)
         devices = expert_parallel.shards(rows)
         if devices is None:
@@ -218,7 +225,7 @@ class MoE(FFN):
         router = dense(d * cfg.n_experts)
         ideal = 2.0 * (cfg.top_k + cfg.n_shared) * expert
         if cfg.implementation == "dense":
-            executed = 2.0 * (cfg.n_experts + cfg.n_shared) * expert + 2.0 * cfg.n_experts * d
+            executed = 2.0 * (cfg.n_experts + cfg.n_shared) * expert
         else:
             executed = 2.0 * (cfg.top_k * (cfg.capacity_factor or 1.0) + cfg.n_shared) * expert
         return router + Flops(ideal, ideal, executed)
@@ -235,18 +242,21 @@ class MoE(FFN):
 def mix(cfg, bank, x, experts, weights, rows, exchange=None):
     """x [N, d] of `rows` sequences -> weighted sum of the chosen experts [N, d], share of choices dropped [N]."""
     if exchange is not None:
-        outputs, slots, sources = exchange(bank.grouped, x, experts)
+        outputs, slots, sources = exchange(bank.grouped, x, experts, weights)
     elif cfg.capacity_factor:
         shape = rows, cfg.n_experts, cfg.rows_per_expert(len(x) // rows), -1
         slots, sources = dispatch.assign_capacity(experts, cfg.n_experts, rows, shape[2])
         packed = jnp.swapaxes(dispatch.scatter_tokens(x, slots, sources).reshape(shape), 0, 1)
-        outputs = bank.dense(packed.reshape(cfg.n_experts, rows * shape[2], -1))
+        scale = jnp.swapaxes(dispatch.scatter_choices(weights, slots, sources).reshape(shape[:3]), 0, 1)
+        per_expert = cfg.n_experts, rows * shape[2]
+        outputs = bank.dense(packed.reshape(*per_expert, -1), scale.reshape(per_expert))
         outputs = jnp.swapaxes(outputs.reshape(packed.shape), 0, 1).reshape(-1, x.shape[-1])
     else:
         slots, sources, sizes = dispatch.sort_by_expert(experts, cfg.n_experts)
-        outputs = bank.grouped(dispatch.scatter_tokens(x, slots, sources), sizes)
+        scale = dispatch.scatter_choices(weights, slots, sources)
+        outputs = bank.grouped(dispatch.scatter_tokens(x, slots, sources), scale, sizes)
     dropped = jnp.mean(slots == len(sources), axis=-1, dtype=jnp.float32)
-    return dispatch.combine(outputs, weights, slots, sources), dropped
+    return dispatch.combine(outputs, slots, sources), dropped
 
 
 def _expert(cfg, model) -> int:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from efficient_lm.layers import wide
+
 
 class Routing(NamedTuple):
     """What a router decides.
@@ -16,6 +18,45 @@ class Routing(NamedTuple):
     experts: jax.Array
     weights: jax.Array
     probabilities: jax.Array
+
+
+def router_logits(x, kernel):
+    """x [N, d] times kernel [d, E], as exact as in float32 whatever the dtype of x; for float64 arrays in float64."""
+    if x.dtype == jnp.bfloat16:
+        return _split_product(x, kernel)
+    return jnp.matmul(wide(x), wide(kernel), precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def _split_product(x, kernel):
+    """bfloat16 times float32 on matrix units: `kernel` is the sum of three bfloat16 matrices, whose products with x
+    are exact in float32."""
+    return _sum_parts(jnp.matmul(x, _parts(kernel, 3), preferred_element_type=jnp.float32), 3)
+
+
+def _split_backward(saved, g):
+    x, kernel = saved
+    dkernel = jnp.matmul(x.T, _parts(g, 3), preferred_element_type=jnp.float32)
+    # dx is rounded to bfloat16: the product of the two small parts would not show.
+    high, low = jnp.split(_parts(g, 2), 2, axis=1)
+    kernel_parts = jnp.concatenate([_parts(kernel, 2), _parts(kernel, 1)], axis=1)
+    return jnp.concatenate([high, high, low], axis=1) @ kernel_parts.T, _sum_parts(dkernel, 3)
+
+
+_split_product.defvjp(lambda x, kernel: (_split_product(x, kernel), (x, kernel)), _split_backward)
+
+
+def _parts(x, count: int):
+    """x [n, m] float32 -> bfloat16 [n, count m], matrices whose sum is x but for 2^-8 of the last one."""
+    parts = []
+    for _ in range(count):
+        parts.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
+        x = x - parts[-1]
+    return jnp.concatenate(parts, axis=1).astype(jnp.bfloat16)
+
+
+def _sum_parts(y, count: int):
+    return sum(reversed(jnp.split(y, count, axis=1)))
 
 
 def route(logits, bias, cfg) -> Routing:
