@@ -7,18 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu import linear_attention as scalar
-from pallas_kernels.gpu.gates import FORGET, LOG2E, by_chunk, pad_tokens
+from pallas_kernels.gpu.gates import FORGET, LOG2E
 from pallas_kernels.gpu.mlstm_scans import running_max
 from pallas_kernels.gpu.weighted_mean import weighted_mean
-from pallas_kernels.steps import NO_STABILISER, repeat_heads, segment_starts
-
-SMALLEST = 2.0**-126  # normalisers below the smallest float32 belong to outputs 0 / 0 of zero queries
+from pallas_kernels.steps import NO_STABILISER, segment_starts
 
 
 def supports(q, k, v, input_gate=None, forget_gate=None, *, chunk_size=None, **_):
     """None where `mlstm` takes these arrays, else why not, in one line. Values are not looked at."""
-    if max(q.shape[-1], v.shape[-1]) > 128:
-        return f"key and value head sizes must be 64 or 128, got {q.shape[-1]} and {v.shape[-1]}"
+    if q.shape[-1] > 128:
+        return f"key head size must be 64 or 128, got {q.shape[-1]}"
     return scalar.supports(q, k, v, chunk_size=chunk_size)
 
 
@@ -31,7 +29,7 @@ def mlstm(q, k, v, input_gate, forget_gate, *, scale, initial_state=None, segmen
     """See `pallas_kernels.api.mlstm` with input_activation 'exp'; any T.
 
     Args:
-      q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K and V in {64, 128}.
+      q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K in {64, 128}, V in {64, 128, 256}.
       input_gate, forget_gate: [B, T, H] before activation.
       initial_state: (C [B, H, K, V], n [B, H, K], m [B, H]) or None.
       segment_ids: int [B, T] or None; the state is emptied where the id changes.
@@ -40,8 +38,6 @@ def mlstm(q, k, v, input_gate, forget_gate, *, scale, initial_state=None, segmen
     """
     if reason := supports(q, k, v):
         raise ValueError(f"pallas_gpu mlstm: {reason}")
-    t_size, heads = v.shape[1:3]
-    q, k = repeat_heads(q, heads), repeat_heads(k, heads)
     starts = None
     if segment_ids is not None:
         starts = jnp.broadcast_to(segment_starts(segment_ids)[..., None], input_gate.shape)
@@ -64,8 +60,5 @@ def mlstm(q, k, v, input_gate, forget_gate, *, scale, initial_state=None, segmen
     weight = (gate - m) * LOG2E
     floor = jnp.exp(jnp.minimum(-m, 80.0))
 
-    # zero tokens without decay change neither state nor gradients
-    q, k, v, decay, weight, floor = (pad_tokens(x) for x in (q, k, v, decay, weight, floor))
-    gates = tuple(by_chunk(x) for x in (decay, weight, jnp.maximum(floor, SMALLEST)))
-    o, *state = weighted_mean(q, k, v, gates, c0, n0, scale, interpret)
-    return o[:, :t_size], (*state, m[:, -1])
+    o, *state = weighted_mean(q, k, v, decay, weight, floor, c0, n0, scale=scale, interpret=interpret)
+    return o, (*state, m[:, -1])

@@ -2,9 +2,9 @@
 import jax.numpy as jnp
 
 from pallas_kernels.gpu import mlstm
-from pallas_kernels.gpu.gates import by_chunk, pad_tokens, token_decays
+from pallas_kernels.gpu.gates import token_decays
 from pallas_kernels.gpu.weighted_mean import weighted_mean
-from pallas_kernels.steps import NORMALISER_EPS, repeat_heads
+from pallas_kernels.steps import NORMALISER_EPS
 
 
 def supports(q, k, v, log_decay=None, *, chunk_size=None, **_):
@@ -26,7 +26,7 @@ def normalised_linear_attention(q, k, v, log_decay=None, *, scale, initial_state
     Divides by the larger of scale z_t . q_t and 1e-10, where others divide by their sum.
 
     Args:
-      q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K and V in {64, 128}.
+      q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K in {64, 128}, V in {64, 128, 256}.
       log_decay: None, [H] or [B, T, H], natural log, <= 0.
       initial_state: float32 [B, H, K, V + 1], z last, or None.
       segment_ids: int [B, T] or None; the state is emptied where the id changes.
@@ -39,11 +39,9 @@ def normalised_linear_attention(q, k, v, log_decay=None, *, scale, initial_state
     decay = token_decays(log_decay, segment_ids, b_size, t_size, heads)
     if decay is None:
         decay = jnp.zeros((b_size, t_size, heads), jnp.float32)
-    q, k, v, decay = (pad_tokens(x) for x in (repeat_heads(q, heads), repeat_heads(k, heads), v, decay))
-    decay = by_chunk(decay)
     c0 = n0 = None
     if initial_state is not None:
         c0, n0 = (x.astype(jnp.float32) for x in (initial_state[..., :-1], initial_state[..., -1]))
-    gates = decay, jnp.zeros_like(decay), jnp.full_like(decay, NORMALISER_EPS)
-    o, c, n = weighted_mean(q, k, v, gates, c0, n0, scale, interpret)
-    return o[:, :t_size], jnp.concatenate([c, n[..., None]], axis=-1)
+    weight, floor = jnp.zeros_like(decay), jnp.full_like(decay, NORMALISER_EPS)
+    o, c, n = weighted_mean(q, k, v, decay, weight, floor, c0, n0, scale=scale, interpret=interpret)
+    return o, jnp.concatenate([c, n[..., None]], axis=-1)

@@ -17,22 +17,40 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels.gpu import linear_attention as scalar
 from pallas_kernels.gpu.chunk_sums import bf16_parts, chunk_sums, row_dots
 from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
-from pallas_kernels.gpu.gates import LOG2E, by_chunk, gate_gradient, running_sum
+from pallas_kernels.gpu.gates import LOG2E, by_chunk, gate_gradient, pad_tokens, running_sum
+from pallas_kernels.gpu.head_parts import HeadParts
 from pallas_kernels.gpu.mlstm_scans import decayed_sums
 from pallas_kernels.gpu.pieces import count_pieces
+from pallas_kernels.steps import repeat_heads
+
+SMALLEST = 2.0**-126  # normalisers below the smallest float32 belong to outputs 0 / 0 of zero queries
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def weighted_mean(q, k, v, gates, c0, n0, scale, interpret):
+def weighted_mean(q, k, v, decay, weight, floor, c0, n0, *, scale, interpret=None):
     """o_i = sum_j w_ij v_j / max(|sum_j w_ij|, floor_i), w_ij = scale 2^(c_i - c_j + weight_j) (q_i . k_j), j <= i.
 
     Args:
-      q, k: [B, T, H, K]; v: [B, T, H, V]; bf16, K and V in {64, 128}, T a multiple of 64.
-      gates: float32 [B, H, N, 64] each: log2 decays, whose sums are c, log2 weights, both <= 0, and floors > 0, which
-        are constants for gradients.
+      q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K in {64, 128}, V in {64, 128, 256}, any T.
+      decay, weight: float32 [B, T, H], both log2 and <= 0; c are the sums of the decays.
+      floor: float32 [B, T, H], positive or zero, a constant for gradients.
       c0, n0: float32 states [B, H, K, V] and [B, H, K] before the first token, or None and None.
     Returns: (o [B, T, H, V], C [B, H, K, V], n [B, H, K]), C_t = 2^decay C_{t-1} + 2^weight k v^T and n with v = 1.
     """
+    t_size, heads, v_size = v.shape[1:]
+    parts = HeadParts(1, -(-v_size // 128))
+    q, k = (parts.of_keys(repeat_heads(x, heads)) for x in (q, k))
+    gates = (parts.of_heads(x) for x in (decay, weight, floor))
+    n0 = None if n0 is None else jnp.repeat(n0, parts.values, axis=1)
+    # zero tokens without decay change neither state nor gradients
+    q, k, v, decay, weight, floor = (pad_tokens(x) for x in (q, k, parts.of_values(v), *gates))
+    gates = by_chunk(decay), by_chunk(weight), jnp.maximum(by_chunk(floor), SMALLEST)
+    o, c, n = _weighted_mean(q, k, v, gates, parts.of_state(c0), n0, scale, interpret)
+    o, c = parts.join(o[:, :t_size], c)
+    return o, c, n[:, ::parts.values]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _weighted_mean(q, k, v, gates, c0, n0, scale, interpret):
     out, _ = _forward(q, k, v, gates, c0, n0, scale, interpret)
     return out["o"], out["state"][:, :, -1], out["n"]
 
@@ -91,4 +109,4 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     return dq["o"], dkv["dk"], dkv["dv"], (ddecay, dweight, jnp.zeros_like(floor)), dc0, dn0
 
 
-weighted_mean.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
+_weighted_mean.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

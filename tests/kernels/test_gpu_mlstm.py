@@ -74,7 +74,7 @@ def test_forward_and_backward_lower_for_hopper(k, v):
 
 
 @as_written
-@pytest.mark.parametrize("case", ["pieces", "segments"])
+@pytest.mark.parametrize("case", ["pieces", "segments", "head size 256"])
 def test_interpreted_matches_the_reference(case, monkeypatch):
     monkeypatch.setattr(pieces, "MIN_PIECE_CHUNKS", 1)  # several pieces and saved states at a tiny T
     monkeypatch.setattr(scalar, "SAVE_EVERY", 2)
@@ -83,6 +83,8 @@ def test_interpreted_matches_the_reference(case, monkeypatch):
     interpret = plgpu.InterpretGPUParams()
     if case == "pieces":
         got = errors(*make(1, 310, 1, 64, 64, initial=True), interpret=interpret)
+    elif case == "head size 256":
+        got = errors(*make(1, 100, 1, 64, 256, initial=True), interpret=interpret)
     else:
         ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 40, axis=1).reshape(1, 200), jnp.int32)
         got = errors(*make(1, 200, 1, 64, 64), segment_ids=ids, interpret=interpret)
@@ -102,7 +104,7 @@ def test_interpreted_has_no_race(capsys):
 
 @on_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("k, v", [(64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize("k, v", [(64, 64), (64, 128), (128, 64), (128, 128), (128, 256)])
 @pytest.mark.parametrize("t", [1, 63, 130, 2048])
 def test_gpu_matches_the_reference(t, k, v):
     got = errors(*make(2, t, 3, k, v, initial=True))
