@@ -16,7 +16,7 @@ from analysis.result import Options, interval
 LAWS = ("massive_activations", "first_order_step", "second_order_step")
 RAW = ("A", "lambda", "gamma", "t0", "K")  # the paper's parameters, degenerate in data
 CHECKPOINTS = 27  # fewest that determine a curve
-DETERMINED = ("beta", "t_peak", "f_peak", "f_end", "K")
+DETERMINED = ("beta", "t_peak", "f_peak", "t_half", "f_end", "K")
 
 
 # ---------------------------------------------------------------------------------------------- one curve
@@ -25,8 +25,8 @@ DETERMINED = ("beta", "t_peak", "f_peak", "f_end", "K")
 def fit_curve(t, f, *, draws: int = 200, level: float = 0.9, seed: int = 0) -> dict:
     """One layer's curve: steps t [n] >= 0 and ratios f [n].
 
-    Returns a flat dict: each parameter of LAWS[0], each derived quantity and f_end, the law's value at the last step,
-    with NAME_lo and NAME_hi; r2, `peak`
+    Returns a flat dict: each parameter of LAWS[0], each derived quantity, t_half (`half_rise`) and f_end, the law's
+    value at the last step, with NAME_lo and NAME_hi; r2, `peak`
     ("seen" where the curve has a maximum within the steps in a share `level` of the draws, "no" where it has none in as
     many, else "unclear"; without a maximum t_peak is the minimum of a curve that falls first), aic_LAW (corrected for
     small samples, minus that of the best), best (the law of lowest AIC) and refused. Where `refused` says that the
@@ -39,8 +39,9 @@ def fit_curve(t, f, *, draws: int = 200, level: float = 0.9, seed: int = 0) -> d
         fit = fit_law(law, table, Options(bootstrap=draws, level=level, seed=seed, holdout=False, progress=False))
     out, found = {"n": len(frame), "refused": fit.refused, "r2": fit.quality.get("r2")}, {**fit.params, **fit.derived}
     if found:
-        end = law.predict({name: entry["value"] for name, entry in fit.params.items()}, {"t": last})
-        found["f_end"] = interval(end, law.predict(fit.draws, {"t": last}), level)
+        values = {name: entry["value"] for name, entry in fit.params.items()}
+        for name, of in (("t_half", half_rise), ("f_end", lambda p, last: law.predict(p, {"t": last}))):
+            found[name] = interval(of(values, last), of(fit.draws, last), level)
         share = np.mean((fit.draws["A1"] > 0) & (fit.draws["t_peak"] > 0) & (fit.draws["t_peak"] < last))
         out["peak"] = "seen" if share >= level else "no" if share <= 1 - level else "unclear"
     for name, entry in found.items():
@@ -48,6 +49,18 @@ def fit_curve(t, f, *, draws: int = 200, level: float = 0.9, seed: int = 0) -> d
     scores = {name: _aic(name, frame) for name in LAWS}
     best = min(scores, key=scores.get)
     return out | {f"aic_{name}": score - scores[best] for name, score in scores.items()} | {"best": best}
+
+
+def half_rise(params: dict, last: float):
+    """The step at which the law is half-way from its lowest value to its highest after that, up to the step `last`.
+
+    `params` are scalars or draws [n], the result alike; NaN where the lowest value is the last. Within 2 %.
+    """
+    law, t = get_law(LAWS[0]), np.concatenate([[0.0], np.geomspace(1.0, last, 500)])
+    f = law.predict({p.name: np.asarray(params[p.name])[..., None] for p in law.parameters}, {"t": t})
+    f = np.where(np.arange(len(t)) < f.argmin(-1)[..., None], f.min(-1, keepdims=True), f)
+    risen = f > 0.5 * (f.min(-1, keepdims=True) + f.max(-1, keepdims=True))
+    return np.where(risen.any(-1), t[risen.argmax(-1)], np.nan)[()]
 
 
 def _aic(name: str, frame: pd.DataFrame) -> float:
@@ -79,9 +92,9 @@ def regression(fits: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> pd.DataF
 
     `fits` has a row for each curve: what `fit_curve` returns and run_id, layer (from 0), n_layers, d_model, n_heads,
     d_ff. For each target the curves count that determine it (`determined`), even where the law's parameters together
-    were refused. A row of the result is a target and a model (linear, boosted stumps): r2 on held-out layers, and on
-    held-out architectures where there are more than two. Targets are transformed as in the paper: log1p, K by
-    Yeo-Johnson.
+    were refused. A row of the result is a target and a model (linear, boosted stumps): r2 on held-out layers, each with
+    all its seeds, and on held-out architectures where there are more than two. Targets are transformed as in the paper:
+    log1p, K by Yeo-Johnson.
 
     Targets with fewer than 2 `folds` curves are left out. Raises ValueError where none is left.
     """
@@ -93,7 +106,8 @@ def regression(fits: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> pd.DataF
         facts = used[["n_layers", "d_model", "n_heads", "d_ff"]].to_dict("records")
         x = np.array([list(features(i + 1, **fact).values()) for i, fact in zip(used["layer"], facts, strict=True)])
         y = _transformed(name, used[name].to_numpy(float))
-        layers = np.random.default_rng(seed).permutation(len(y)) % folds
+        places = used.groupby(["n_layers", "d_model", "layer"]).ngroup().to_numpy()
+        layers = np.random.default_rng(seed).permutation(places.max() + 1)[places] % folds
         shapes = used.groupby(["n_layers", "d_model"]).ngroup().to_numpy()
         for model, predict in (("linear", linear), ("boosted stumps", boosted)):
             row = {"target": name, "model": model, "n": len(y), "r2_layers": cross_validated(predict, x, y, layers)}
@@ -105,10 +119,16 @@ def regression(fits: pd.DataFrame, *, folds: int = 5, seed: int = 0) -> pd.DataF
 
 
 def determined(fits: pd.DataFrame, name: str) -> pd.Series:
-    """Which rows of `fits` know quantity `name`: its interval is narrower than its value, and a peak is seen."""
+    """Which rows of `fits` know quantity `name`: its interval is narrower than its value, and a peak is seen.
+
+    The paper's A, lambda, gamma and t0 hang on all parameters, so a refusal speaks for them: with one at its bound
+    their intervals are narrow for no reason.
+    """
     width = fits[f"{name}_hi"] - fits[f"{name}_lo"]
     known = np.isfinite(fits[name]) & (width <= fits[name].abs())
-    return known & (fits["peak"] == "seen") if name in ("t_peak", "f_peak") else known
+    if name in ("t_peak", "f_peak"):
+        return known & (fits["peak"] == "seen")
+    return known & fits["refused"].isna() if name in RAW[:-1] else known
 
 
 def _transformed(name: str, y):

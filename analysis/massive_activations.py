@@ -136,23 +136,36 @@ def until(probed: Probed, step: int) -> Probed:
     runs = probed.runs[probed.runs["run_id"].map(reached)]
     if runs.empty:
         raise DataError(f"step {step}: no run reached it; the longest has {probed.rows['step'].max()}")
-    rows = probed.rows[probed.rows["run_id"].isin(runs["run_id"]) & (probed.rows["step"] <= step)]
-    return Probed(runs.reset_index(drop=True), rows.reset_index(drop=True))
+    return _of_runs(runs, probed.rows[probed.rows["step"] <= step])
+
+
+def select(probed: Probed, query: str) -> Probed:
+    """The runs that a query over FACTS selects. Raises DataError where it is none or selects none."""
+    try:
+        runs = probed.runs.query(query)
+    except Exception as error:  # whatever the expression raises
+        raise DataError(f"where {query!r} is not a query over {', '.join(FACTS)} ({error})") from None
+    if runs.empty:
+        raise DataError(f"where {query!r}: no run")
+    return _of_runs(runs, probed.rows)
+
+
+def _of_runs(runs: pd.DataFrame, rows: pd.DataFrame) -> Probed:
+    return Probed(runs.reset_index(drop=True), rows[rows["run_id"].isin(runs["run_id"])].reset_index(drop=True))
 
 
 # ---------------------------------------------------------------------------------------------- fits and tables
 
 
-def fit_all(probed: Probed, *, where: str | None = None, draws: int = 200, level: float = 0.9) -> pd.DataFrame:
-    """`emergence.fit_curve` of every layer of every run that the query `where` over FACTS selects, a row for each.
+def fit_all(probed: Probed, *, draws: int = 200, level: float = 0.9) -> pd.DataFrame:
+    """`emergence.fit_curve` of every layer of every run, a row for each.
 
     Curves with fewer than `emergence.CHECKPOINTS` are left out.
     """
     from tqdm import tqdm
 
-    runs = probed.runs.query(where) if where else probed.runs
-    curves = probed.rows[probed.rows["run_id"].isin(runs["run_id"])].groupby(["run_id", "layer"])
-    facts = runs.set_index("run_id")[["size", "intervention", "seed", "n_layers", "d_model", "n_heads", "d_ff"]]
+    curves = probed.rows.groupby(["run_id", "layer"])
+    facts = probed.runs.set_index("run_id")[["size", "intervention", "seed", "n_layers", "d_model", "n_heads", "d_ff"]]
     out = []
     for (run_id, layer), rows in tqdm(curves, desc="curves", disable=None, leave=False):
         if len(rows) < emergence.CHECKPOINTS:
@@ -171,7 +184,7 @@ def read_fits(path) -> pd.DataFrame:
 
 
 def summary(probed: Probed) -> pd.DataFrame:
-    """A row for each size and intervention at the last step that all its runs reached: means over seeds.
+    """A row for each size and intervention at the last step that all its runs reached: means over seeds. Small first.
 
     loss is that of the validation split, where this step ends the runs.
     ratio, max and massive are of the layer with most (ratio_lo and ratio_hi the smallest and largest seed); ratio_peak
@@ -191,6 +204,8 @@ def summary(probed: Probed) -> pd.DataFrame:
             row[key] = np.mean([seed[key] for seed in seeds])
         row |= {f"ratio_{end}": pick(seed["ratio"] for seed in seeds) for end, pick in (("lo", min), ("hi", max))}
         out.append(row)
+    order = probed.runs.groupby("size")["n_layers"].min()
+    out.sort(key=lambda row: (order[row["size"]], row["intervention"] != "baseline", row["intervention"]))
     return pd.DataFrame(out)
 
 
@@ -210,9 +225,10 @@ def _at_end(run: pd.DataFrame, last: int) -> dict:
 
 
 def emergence_figure(probed: Probed, fits: pd.DataFrame | None = None, intervention: str = "baseline"):
-    """Ratio of largest to median activation over training: a panel for each size, a line for each layer (seeds' mean).
+    """Ratio of largest to median activation over training: a panel for each size, a line for each layer.
 
-    With `fits` (of `fit_all`) the law of the first seed's curve is dashed, and its peak marked where it is seen.
+    Thick is the first seed, thin the others. With `fits` (of `fit_all`) the law of the first seed's curve is dashed,
+    and its peak marked where it is seen.
     """
     from analysis import plots  # matplotlib is slow to import
 
@@ -224,12 +240,13 @@ def emergence_figure(probed: Probed, fits: pd.DataFrame | None = None, intervent
         for ax, size in zip(axes[0], sizes, strict=True):
             mine = rows[rows["size"] == size]
             layers = int(mine["n_layers"].iloc[0])
-            means = mine.groupby(["layer", "step"])["residual_ratio"].mean()
-            for layer in range(layers):
-                colour, curve = plots.COMPUTE(layer / max(layers - 1, 1)), means[layer]
-                ax.plot(curve.index, curve, color=colour, lw=1.3, label=f"layer {layer + 1}")
-                if fits is not None:
-                    _draw_fit(ax, fits, size, intervention, layer, np.asarray(curve.index, float), colour)
+            first = mine["seed"].min()
+            for (layer, seed), curve in mine.groupby(["layer", "seed"]):
+                colour, main = plots.COMPUTE(layer / max(layers - 1, 1)), seed == first
+                style = {"lw": 1.3, "label": f"layer {layer + 1}"} if main else {"lw": 0.7, "alpha": 0.5}
+                ax.plot(curve["step"], curve["residual_ratio"], color=colour, **style)
+                if main and fits is not None:
+                    _draw_fit(ax, fits, size, intervention, layer, curve["step"].to_numpy(float), colour)
             ax.set(title=f"{size}: {layers} layers", xlabel="step", yscale="log")
             ax.set_xscale("symlog", linthresh=1)
             ax.set_xlim(0, None)
@@ -328,7 +345,7 @@ def main(args: argparse.Namespace) -> None:
     if args.save:
         save(args.store, args.save)
     if args.fits:
-        fits = fit_all(probed, where=args.where, draws=args.draws, level=args.level)
+        fits = fit_all(select(probed, args.where) if args.where else probed, draws=args.draws, level=args.level)
         fits.to_json(args.fits, orient="records", lines=True, double_precision=10)
         for best, count in fits["best"].value_counts().items():
             print(f"best by AIC: {best} in {count} of {len(fits)} curves")

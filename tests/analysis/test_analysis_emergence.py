@@ -39,6 +39,19 @@ def test_the_peak_is_known_where_the_parameters_of_the_paper_overflow():
     assert found["f_peak"] == top > max(below, above)
 
 
+@pytest.mark.quick
+def test_half_of_the_rise():
+    # A slow logarithm: f = ln(1 + t / 100) reaches half of ln 101 where t = 100 (sqrt(101) - 1).
+    log = {"beta": 1e-12, "tau0": 100.0, "A1": 1.0, "A2": -np.log(100.0), "K": 0.0}
+    down = log | {"A1": -1.0, "A2": np.log(100.0)}
+    assert emergence.half_rise(log, 1e4) == pytest.approx(100 * (101**0.5 - 1), rel=0.02)
+    both = emergence.half_rise({name: np.array([log[name], down[name]]) for name in log}, 1e4)
+    assert both[0] == emergence.half_rise(log, 1e4) and np.isnan(both[1])
+    # The fall before the lowest value does not count.
+    dip = log | {"A1": 0.0, "A2": 1.0, "K": 0.0, "beta": 1e-3}
+    assert np.isnan(emergence.half_rise(dip, 1e4))
+
+
 def test_step_responses_are_told_from_the_emergence_curve():
     rising = curve("first_order_step", {"tau": 700.0, "A": 50.0, "K": 9.0})
     found = emergence.fit_curve(STEPS, rising, draws=100)
@@ -69,10 +82,10 @@ def made_up(seed=0, shapes=((6, 128, 4), (8, 192, 6), (12, 256, 8), (10, 320, 10
             facts = {"n_layers": layers, "d_model": width, "n_heads": heads, "d_ff": 8 * width // 3}
             depth = (layer + 1) / layers
             values = {"t_peak": np.expm1(6 + 2 * depth - depth**2), "K": 5 + 3 * depth, "A": rng.exponential(50.0)}
-            values |= dict.fromkeys(("lambda", "gamma", "t0", "beta", "f_peak", "f_end"), np.nan)
+            values |= dict.fromkeys(("lambda", "gamma", "t0", "beta", "f_peak", "t_half", "f_end"), np.nan)
             ends = {f"{name}_lo": 0.9 * value for name, value in values.items()}
             ends |= {f"{name}_hi": 1.1 * value for name, value in values.items()}
-            rows.append({"run_id": str(width), "layer": layer, "peak": "seen"} | facts | values | ends)
+            rows.append({"run_id": str(width), "layer": layer, "peak": "seen", "refused": None} | facts | values | ends)
     return pd.DataFrame(rows)
 
 
@@ -88,10 +101,18 @@ def test_regression_predicts_what_the_architecture_decides_and_nothing_else():
     fits = made_up()
     fits.loc[fits["layer"] % 2 == 0, "K_hi"] = 1e3
     fits.loc[fits["n_layers"] == 12, "peak"] = "no"
+    fits.loc[fits["n_layers"] == 8, "refused"] = "tau0 ran to its bound"
     used = emergence.regression(fits).set_index(["target", "model"])["n"]
-    assert used[("K", "linear")] == 18 and used[("t_peak", "linear")] == 24 and used[("A", "linear")] == 36
+    assert used[("K", "linear")] == 18 and used[("t_peak", "linear")] == 24 and used[("A", "linear")] == 28
     with pytest.raises(ValueError, match="no quantity is determined by 10 of 3 curves: too few for 5 folds"):
         emergence.regression(fits.head(3))
+
+
+def test_a_layer_is_held_out_with_all_its_seeds():
+    """Two runs of one architecture, A noise but the same in both: knowing one run's layer would give it away."""
+    fits = pd.concat([made_up(), made_up().assign(run_id="again")])
+    table = emergence.regression(fits).set_index(["target", "model"])
+    assert table.loc[("A", "boosted stumps"), "n"] == 72 and table.loc[("A", "boosted stumps"), "r2_layers"] < 0.25
 
 
 def test_held_out_rows_never_train():

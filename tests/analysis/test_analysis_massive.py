@@ -74,6 +74,15 @@ def test_a_store_and_its_saved_lines_are_the_same_table(store, tmp_path):
     assert summary.loc["baseline", "ratio_hi"] > summary.loc["baseline", "ratio_lo"] > summary.loc["qk_norm", "ratio"]
 
 
+def test_runs_are_selected_by_a_query(store):
+    probed = massive_activations.load([store])
+    some = massive_activations.select(probed, "intervention == 'baseline' and seed == 1")
+    assert len(some.runs) == 1 and set(some.rows["run_id"]) == set(some.runs["run_id"])
+    for query, message in (("seed == 7", "where 'seed == 7': no run"), ("sead > 0", "is not a query over run_id")):
+        with pytest.raises(DataError, match=message):
+            massive_activations.select(probed, query)
+
+
 def test_the_command_fits_and_draws(store, tmp_path, capsys):
     arguments = [
         "--store",
