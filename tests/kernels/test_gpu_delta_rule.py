@@ -18,20 +18,20 @@ from tests.kernels.gpu_checks import (
 )
 
 
-def make(b, t, h, d, *, decay=True, initial=False, gate=-3.0, beta=None, keys="random", seed=0):
+def make(b, t, h, d, *, v=None, decay=True, initial=False, gate=-3.0, beta=None, keys="random", seed=0):
     """(q, k, v, beta, log_decay, initial_state), a cotangent of o and one of the final state."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=shape)  # noqa: E731
-    q, k = normal(b, t, h, d), normal(b, t, h, d)
+    v, q, k = v or d, normal(b, t, h, d), normal(b, t, h, d)
     if keys == "repeated":
         k = np.broadcast_to(k[:, :1], k.shape) + 0.1 * k
     q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     strength = 1 / (1 + np.exp(-normal(b, t, h))) if beta is None else np.full((b, t, h), beta)
     log_decay = jnp.asarray(-np.exp(normal(b, t, h) + gate), jnp.float32) if decay else None
-    state = jnp.asarray(normal(b, h, d, d), jnp.float32) if initial else None
+    state = jnp.asarray(normal(b, h, d, v), jnp.float32) if initial else None
     half = functools.partial(jnp.asarray, dtype=jnp.bfloat16)
-    arrays = half(q), half(k), half(normal(b, t, h, d)), jnp.asarray(strength, jnp.float32), log_decay, state
-    return arrays, half(normal(b, t, h, d)), jnp.asarray(normal(b, h, d, d), jnp.float32)
+    arrays = half(q), half(k), half(normal(b, t, h, v)), jnp.asarray(strength, jnp.float32), log_decay, state
+    return arrays, half(normal(b, t, h, v)), jnp.asarray(normal(b, h, d, v), jnp.float32)
 
 
 def errors(arrays, do, dstate, **options):
@@ -53,9 +53,10 @@ def test_interpreted_matches_the_reference_without_races(capsys):
 
 
 @as_written
-def test_interpreted_segments_match_the_reference():
+def test_interpreted_segments_and_wide_values_match_the_reference():
     ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 20, axis=1).reshape(1, 100), jnp.int32)
-    got = errors(*make(1, 100, 1, 64, decay=False), segment_ids=ids, interpret=plgpu.InterpretGPUParams())
+    arguments = make(1, 100, 1, 64, v=128, decay=False, initial=True)
+    got = errors(*arguments, segment_ids=ids, interpret=plgpu.InterpretGPUParams())
     assert max(got) < 0.01, got
 
 
@@ -72,11 +73,12 @@ def test_masked_tokens_leave_the_state_bit_identical():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("change, word", [
-    (dict(dtype=jnp.float32), "bfloat16"), (dict(v=128), "head sizes"), (dict(chunk_size=32), "chunk_size")])
+    (dict(dtype=jnp.float32), "bfloat16"), (dict(v=96), "value head size"), (dict(k=256), "key head size"),
+    (dict(chunk_size=32), "chunk_size")])
 def test_unsupported_calls_get_a_reason(change, word):
-    dtype = change.get("dtype", jnp.bfloat16)
+    k, v, dtype = change.get("k", 64), change.get("v", 64), change.get("dtype", jnp.bfloat16)
     struct = lambda size: jax.ShapeDtypeStruct((1, 64, 2, size), dtype)  # noqa: E731
-    reason = gpu.supports(struct(64), struct(64), struct(change.get("v", 64)), chunk_size=change.get("chunk_size"))
+    reason = gpu.supports(struct(k), struct(k), struct(v), chunk_size=change.get("chunk_size"))
     assert word in reason
     assert gpu.supports(*[jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)] * 3, scale=1.0) is None
 
@@ -88,6 +90,13 @@ def test_unsupported_calls_get_a_reason(change, word):
 def test_gpu_matches_the_reference(t, d, decay):
     got = errors(*make(2, t, 3, d, decay=decay, initial=True))
     assert max(got) < 0.012, got
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("d, v", [(128, 256), (64, 128)])
+def test_gpu_values_wider_than_keys(d, v):
+    assert max(errors(*make(2, 300, 2, d, v=v, initial=True))) < 0.012
 
 
 @on_gpu

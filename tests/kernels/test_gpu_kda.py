@@ -43,6 +43,12 @@ def test_gpu_matches_the_reference(t, d):
 
 @on_gpu
 @pytest.mark.gpu
+def test_gpu_values_wider_than_keys():
+    assert max(errors(*make(2, 300, 2, 128, v=256, initial=True))) < 0.012
+
+
+@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("gate", [-20.0, -8.0, -1.0, 2.0, 4.0])
 def test_gpu_gate_extremes(gate):
     got = errors(*make(2, 512, 2, 128, initial=True, gate=gate, gate_dtype=jnp.bfloat16))
