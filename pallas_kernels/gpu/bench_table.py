@@ -15,7 +15,7 @@ import sys
 from pallas_kernels.gpu.bench_cases import FAMILIES
 
 ROWS = ("analysis/results/kernels/h100.json",)
-PEERS = "analysis/results/kernels/h100_peers.json"
+PEERS = ("analysis/results/kernels/h100_peers.json",)
 PEER_NAMES = {
     "gdn_flashqla": "FlashQLA",
     "kda_cudnn": "cuDNN",
@@ -41,12 +41,15 @@ def read(paths):
     return docs, rows, errors
 
 
-def read_peers(path):
+def read_peers(paths):
     """{(peer, shape): {mode: ms}}: CUDA-graph time where there is one, else a call's time with the L2 cache flushed."""
     peers = {}
-    with open(path) as f:
-        for row in json.load(f)["rows"]:
-            peers.setdefault((row["op"], tuple(row["shape"])), {})[row["mode"]] = row.get("graph_ms", row["ms"])
+    for path in paths:
+        with open(path) as f:
+            for row in json.load(f)["rows"]:
+                if "ms" in row:
+                    mode = peers.setdefault((row["op"], tuple(row["shape"])), {})
+                    mode[row["mode"]] = row.get("graph_ms", row["ms"])
     return peers
 
 
@@ -133,7 +136,9 @@ def main(argv=None):
         prog="pallas_kernels.gpu.bench_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="JSON", help="files of bench_gpu")
-    parser.add_argument("--peers", default=PEERS, metavar="JSON", help="recorded timings of public kernels")
+    parser.add_argument(
+        "--peers", nargs="+", default=PEERS, metavar="JSON", help="timings of public kernels, as --rows"
+    )
     parser.add_argument("--write", nargs="+", metavar="FILE", help="put the tables into these Markdown files")
     args = parser.parse_args(argv)
     try:
