@@ -38,27 +38,24 @@ def mlstm(q, k, v, input_gate, forget_gate, *, scale, initial_state=None, segmen
     """
     if reason := supports(q, k, v):
         raise ValueError(f"pallas_gpu mlstm: {reason}")
-    starts = None
+    gate, log_forget = (x.astype(jnp.float32).swapaxes(1, 2) for x in (input_gate, forget_gate))  # [B, H, T]
+    log_forget = jax.nn.log_sigmoid(log_forget)
+    c0 = n0 = starts = None
     if segment_ids is not None:
-        starts = jnp.broadcast_to(segment_starts(segment_ids)[..., None], input_gate.shape)
-    log_forget = jax.nn.log_sigmoid(forget_gate.astype(jnp.float32))
-    gate = input_gate.astype(jnp.float32)
-    c0 = n0 = None
-    m0 = jnp.full(gate[:, 0].shape, NO_STABILISER, jnp.float32)
+        starts = jnp.broadcast_to(segment_starts(segment_ids)[:, None], gate.shape)
+    m0 = jnp.full(gate.shape[:2], NO_STABILISER, jnp.float32)
     if initial_state is not None:
         c0, n0, m0 = (x.astype(jnp.float32) for x in initial_state)
         one = jnp.exp(m0 - jax.lax.stop_gradient(m0))  # the gradient of m0: e^m0 is the scale of c0 and n0
         c0, n0, m0 = c0 * one[..., None, None], n0 * one[..., None], jax.lax.stop_gradient(m0)
 
     # m divides numerator and normaliser alike: any value would do, and none has a gradient
-    log_decay, x, cut = (None if x is None else x.swapaxes(1, 2) for x in (jnp.maximum(log_forget, -1e3), gate, starts))
-    m = jax.lax.stop_gradient(running_max(log_decay, x, m0, cut).swapaxes(1, 2))
-    before = jnp.concatenate([m0[:, None], m[:, :-1]], axis=1)
+    m = jax.lax.stop_gradient(running_max(jnp.maximum(log_forget, -1e3), gate, m0, starts))
+    before = jnp.concatenate([m0[..., None], m[..., :-1]], axis=-1)
     decay = jnp.maximum((log_forget + (before - m)) * LOG2E, FORGET)
     if starts is not None:
         decay = jnp.where(starts, FORGET, decay)
     weight = (gate - m) * LOG2E
     floor = jnp.exp(jnp.minimum(-m, 80.0))
-
     o, *state = weighted_mean(q, k, v, decay, weight, floor, c0, n0, scale=scale, interpret=interpret)
-    return o, (*state, m[:, -1])
+    return o, (*state, m[..., -1])

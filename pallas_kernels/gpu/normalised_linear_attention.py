@@ -37,8 +37,7 @@ def normalised_linear_attention(q, k, v, log_decay=None, *, scale, initial_state
         raise ValueError(f"pallas_gpu normalised_linear_attention: {reason}")
     b_size, t_size, heads, _ = v.shape
     decay = token_decays(log_decay, segment_ids, b_size, t_size, heads)
-    if decay is None:
-        decay = jnp.zeros((b_size, t_size, heads), jnp.float32)
+    decay = jnp.zeros((b_size, heads, t_size), jnp.float32) if decay is None else decay.swapaxes(1, 2)
     c0 = n0 = None
     if initial_state is not None:
         c0, n0 = (x.astype(jnp.float32) for x in (initial_state[..., :-1], initial_state[..., -1]))

@@ -21,6 +21,7 @@ from pallas_kernels.gpu.gates import LOG2E, by_chunk, gate_gradient, pad_tokens,
 from pallas_kernels.gpu.head_parts import HeadParts
 from pallas_kernels.gpu.mlstm_scans import decayed_sums
 from pallas_kernels.gpu.pieces import count_pieces
+from pallas_kernels.gpu.tiles import CHUNK
 from pallas_kernels.steps import repeat_heads
 
 SMALLEST = 2.0**-126  # normalisers below the smallest float32 belong to outputs 0 / 0 of zero queries
@@ -31,19 +32,21 @@ def weighted_mean(q, k, v, decay, weight, floor, c0, n0, *, scale, interpret=Non
 
     Args:
       q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K in {64, 128}, V in {64, 128, 256}, any T.
-      decay, weight: float32 [B, T, H], both log2 and <= 0; c are the sums of the decays.
-      floor: float32 [B, T, H], positive or zero, a constant for gradients.
+      decay, weight: float32 [B, H, T], both log2 and <= 0; c are the sums of the decays.
+      floor: float32 [B, H, T], positive or zero, a constant for gradients.
       c0, n0: float32 states [B, H, K, V] and [B, H, K] before the first token, or None and None.
     Returns: (o [B, T, H, V], C [B, H, K, V], n [B, H, K]), C_t = 2^decay C_{t-1} + 2^weight k v^T and n with v = 1.
     """
     t_size, heads, v_size = v.shape[1:]
     parts = HeadParts(1, -(-v_size // 128))
     q, k = (parts.of_keys(repeat_heads(x, heads)) for x in (q, k))
-    gates = (parts.of_heads(x) for x in (decay, weight, floor))
     n0 = None if n0 is None else jnp.repeat(n0, parts.values, axis=1)
     # zero tokens without decay change neither state nor gradients
-    q, k, v, decay, weight, floor = (pad_tokens(x) for x in (q, k, parts.of_values(v), *gates))
-    gates = by_chunk(decay), by_chunk(weight), jnp.maximum(by_chunk(floor), SMALLEST)
+    q, k, v = (pad_tokens(x) for x in (q, k, parts.of_values(v)))
+    padding = (0, 0), (0, 0), (0, q.shape[1] - t_size)
+    gates = (jnp.repeat(jnp.pad(x, padding), parts.values, axis=1) for x in (decay, weight, floor))
+    decay, weight, floor = (x.reshape(*x.shape[:2], -1, CHUNK) for x in gates)
+    gates = decay, weight, jnp.maximum(floor, SMALLEST)
     o, c, n = _weighted_mean(q, k, v, gates, parts.of_state(c0), n0, scale, interpret)
     o, c = parts.join(o[:, :t_size], c)
     return o, c, n[:, ::parts.values]
