@@ -8,9 +8,9 @@ T = (I + diag(beta) M)^-1 with M = strictly lower (K K^T * P), see `delta_invers
 Gates travel as one float32 array [B, H, N, 2, 64]: c and beta.
 
 In a walk one warpgroup brings the tiles and makes the scores Q K^T * P while the others begin the chunk; each of those
-owns 64 value columns of the state, and never waits for its neighbours. The compiler's own barriers around every access to shared
-memory are off (`unsafe_no_auto_barriers`): `plgpu.commit_smem` stands where one is needed. Every accumulator takes one
-product at a time, of stacked tiles where there would be two: ptxas serialises all wgmma of a group where one
+owns 64 value columns of the state, and never waits for its neighbours. The compiler's own barriers around every access
+to shared memory are off (`unsafe_no_auto_barriers`): `plgpu.commit_smem` stands where one is needed. Every accumulator
+takes one product at a time, of stacked tiles where there would be two: ptxas serialises all wgmma of a group where one
 accumulator is given twice.
 """
 import jax
