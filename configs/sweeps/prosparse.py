@@ -1,4 +1,4 @@
-"""ProSparse (2402.13516) with seeds: trained SiLU models go on as they are, with ReLU, and with ReLU under a penalty.
+"""ProSparse (2402.13516) with seeds: trained SiLU models go on with ReLU, and with ReLU under a growing L1 penalty.
 
     python -m sweeps.launch --config configs/sweeps/sparsing_law.py:gpu --store runs/sparsing
     python -m sweeps.launch --config configs/sweeps/prosparse.py:gpu,from=runs/sparsing --store runs/prosparse
@@ -9,7 +9,7 @@ Every finished SiLU run of the middle size in the store given by `from` is the s
 another order. The penalty grows in three stages (ffn/prosparse.py), then the learning rate falls to 0 under the last.
 
 :cpu  300 steps of 8 x 128 bytes
-:gpu  1500 steps of 64 x 256 bytes
+:gpu  1000 steps of 64 x 256 bytes
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from efficient_lm import metrics
 from efficient_lm.schema import ConfigError, nearest
 from sweeps.combine import Cell, choices, product
 
-STEPS = {"cpu": 300, "gpu": 1500}
+STEPS = {"cpu": 300, "gpu": 1000}
 PENALTIES = {"prosparse": 3e-3, "prosparse_strong": 1e-2}
 OTHER_ORDER = 100  # added to the seed of the run that is gone on with
 
@@ -37,7 +37,7 @@ def get_config(arg="cpu"):
 def get_sweep(arg="cpu"):
     preset, store = parse(arg)
     ends = tuple(round(share * STEPS[preset]) for share in (0.1, 0.4, 0.7))
-    arms = {"silu": {"activation": "silu"}, "relu": {"activation": "relu"}}
+    arms = {"relu": {"activation": "relu"}}
     for name, penalty in PENALTIES.items():
         stages = {"l1": (penalty / 30, penalty / 3, penalty), "l1_steps": ends}
         arms[name] = {"kind": "prosparse", "activation": "relu", **stages}

@@ -48,7 +48,7 @@ def test_prosparse_starts_from_the_finished_runs_of_the_middle_size(tmp_path):
         (tmp_path / name / "run.json").write_text(json.dumps({"status": status, "seed": 1}))
         (tmp_path / name / "config.json").write_text(json.dumps({"model": model}))
     cells = make_plan(f"configs/sweeps/prosparse.py:cpu,from={tmp_path}").cells
-    assert [cell.arch for cell in cells] == ["silu", "relu", "prosparse", "prosparse_strong"]
+    assert [cell.arch for cell in cells] == ["relu", "prosparse", "prosparse_strong"]
     for cell in cells:
         assert cell.config.train.upcycle_from == str(tmp_path / "a") and cell.config.seed == 101
         assert (cell.config.model.ffns["dense"].kind == "prosparse") == ("prosparse" in cell.arch)
