@@ -169,6 +169,13 @@ def ends(found: dict) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
+def trend(x, y) -> dict:
+    """Slope of y in ln x, a value of each run, with its t interval (`{"value", "lo", "hi"}`)."""
+    found = stats.linregress(np.log(x), y)
+    half = stats.t.ppf((1 + LEVEL) / 2, len(x) - 2) * found.stderr
+    return _entry(found.slope, found.slope - half, found.slope + half)
+
+
 def _entry(value, lo, hi) -> dict:
     return {"value": value, "lo": lo, "hi": hi}
 

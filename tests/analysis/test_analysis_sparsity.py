@@ -117,6 +117,13 @@ def test_rows_that_are_none_are_refused(tmp_path):
         sparsity.load([tmp_path / "none"])
 
 
+def test_a_trend_is_in_the_logarithm_and_covers_the_truth():
+    rng, x = np.random.default_rng(4), np.repeat([1.0, 10.0, 100.0], 3)
+    found = [sparsity.trend(x, 2.0 - 0.3 * np.log(x) + 0.1 * rng.standard_normal(9)) for _ in range(400)]
+    covered = np.mean([entry["lo"] < -0.3 < entry["hi"] for entry in found])
+    assert 0.92 < covered < 0.98 and np.mean([entry["value"] for entry in found]) == pytest.approx(-0.3, abs=0.005)
+
+
 def test_a_query_chooses_rows(rows):
     frame = sparsity.load([rows])
     assert set(sparsity.chosen(frame, "activation == 'relu' and D > 1e7")["activation"]) == {"relu"}
