@@ -4,8 +4,8 @@
 
 The dense twin has, in place of each mixture, an FFN as wide as the experts that a token activates. Timed are whole
 training steps of both (train.grad_accum micro-batches of --rows sequences and one update, random tokens), forward and
-backward of one FFN layer, the products of its experts alone, and the other parts of the mixture. TFLOP/s count the
-rows that tokens chose, not padding. Medians of calls queued back to back.
+backward of one FFN layer, its experts alone, their matrix products and gradients one by one, and the other parts of the
+mixture. TFLOP/s count the rows that tokens chose, not padding. Medians of calls queued back to back.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from efficient_lm.model import LM, Part
 from efficient_lm.optim import make_optimizer
 from efficient_lm.schema import ConfigError, to_dict
 from efficient_lm.train import make_init, make_train_step
+from pallas_kernels import api
 
 
 def seconds(call, repeats: int = 5, queued: int = 4) -> float:
@@ -80,9 +81,11 @@ def training(cfg, rows: int) -> dict:
 
     spent = seconds(call, repeats=3, queued=2)
     rate, params = tokens.size / spent, count_params(cfg)
+    flops = count_flops(cfg)["model_causal"] * rate
+    peak = hardware.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
     return {
         **{"ms": 1e3 * spent, "tokens": tokens.size, "tokens_per_s": rate},
-        **{"tflops": count_flops(cfg)["model_causal"] * rate / 1e12},
+        **{"tflops": flops / 1e12, "mfu": peak and flops / peak},
         **{"total_params": params["total"], "active_params": params["active"]},
     }
 
@@ -151,9 +154,35 @@ def parts(cfg, rows: int) -> dict:
         "order": {"forward_ms": 1e3 * seconds(lambda: order(experts))},
         "pack": both_ways(dispatch.scatter_tokens, x, slots, sources),
         "experts": alone | {"tflops": flops / alone["ms"] / 1e9},
+        "products": products(moe, bank, packed, sizes),
         "combine": both_ways(dispatch.combine, packed, slots, sources),
         "largest load / mean": float(jnp.max(sizes) / jnp.mean(sizes)),
     }
+
+
+def products(moe, bank, packed, sizes) -> dict:
+    """The grouped products of the experts alone and the gradients to their inputs (dx) and matrices (dw)."""
+    into = tuple(bank[name]["kernel"] for name in ("up", "gate") if name in bank)
+    down = bank["down"]["kernel"]
+    hidden = jax.random.normal(jax.random.key(3), (len(packed), down.shape[1]), packed.dtype)
+    implementation = None if moe.implementation == "sorted" else moe.implementation
+
+    def product(lhs, rhs, sizes):
+        return api.grouped_matmul(lhs, rhs, sizes, implementation=implementation)
+
+    def gradient(index):
+        return lambda dy, lhs, rhs, sizes: jax.vjp(lambda *a: product(*a, sizes), lhs, rhs)[1](dy)[index]
+
+    def timed(function, with_cotangent):
+        function, total = jax.jit(function), 0.0
+        for args in ((packed, into, sizes), (hidden, (down,), sizes)):
+            shape = jax.eval_shape(product, *args)
+            args = (jnp.ones(shape.shape, shape.dtype), *args) if with_cotangent else args
+            total += 1e3 * seconds(lambda args=args: function(*args), queued=20)
+        flops = 2 * float(jnp.sum(sizes)) * down.shape[1] * down.shape[2] * (len(into) + 1)
+        return {"ms": total, "tflops": flops / total / 1e9}
+
+    return {"forward": timed(product, False), "dx": timed(gradient(0), True), "dw": timed(gradient(1), True)}
 
 
 def measure(cfg, rows: int, implementations: list[str]) -> dict:

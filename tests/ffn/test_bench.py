@@ -26,6 +26,7 @@ def test_a_table_of_a_tiny_model(tmp_path, monkeypatch):
     assert bench.main([*TINY, "--implementations", "xla,pallas_gpu", "--out", str(out)]) == 0
     table = json.loads(out.read_text())
     assert table["xla"]["share of the dense tokens/s"] == 1.0 and table["xla"]["parts"]["experts"]["tflops"] > 0
+    assert all(row["tflops"] > 0 for row in table["xla"]["parts"]["products"].values())
     assert "cannot run grouped_matmul" in table["pallas_gpu"]["error"]
 
 
