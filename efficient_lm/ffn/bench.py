@@ -190,24 +190,25 @@ def measure(cfg, rows: int, implementations: list[str]) -> dict:
     name, twin = mixture(cfg), dense_twin(cfg)
     out = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "dtype": cfg.model.dtype, "rows": rows}
     out |= {"seq_len": cfg.train.seq_len, "moe": to_dict(cfg.model.ffns[name]), "n_layers": cfg.model.n_layers}
-    out["dense"] = {"training": training(twin, rows), "layer": layer(twin, name, rows)}
-    _print("dense", out["dense"])
+    out["dense"] = {"training": _shown("dense training", training(twin, rows))}
     for implementation in implementations:
-        one = configs.replace(cfg, **{f"model.ffns.{name}.implementation": implementation})
-        try:
-            row = {"training": training(one, rows), "layer": layer(one, name, rows), "parts": parts(one, rows)}
-            row["share of the dense tokens/s"] = (
-                row["training"]["tokens_per_s"] / out["dense"]["training"]["tokens_per_s"]
-            )
-        except ValueError as error:  # this device can't run it
-            row = {"error": str(error).splitlines()[0]}
+        one, row = configs.replace(cfg, **{f"model.ffns.{name}.implementation": implementation}), {}
         out[implementation] = row
-        _print(implementation, row)
+        try:
+            row["training"] = _shown(f"{implementation} training", training(one, rows))
+            share = row["training"]["tokens_per_s"] / out["dense"]["training"]["tokens_per_s"]
+            row["share of the dense tokens/s"] = _shown(f"{implementation} share of the dense tokens/s", share)
+            row["layer"] = _shown(f"{implementation} layer", layer(one, name, rows))
+            row["parts"] = _shown(f"{implementation} parts", parts(one, rows))
+        except ValueError as error:  # this device can't run it
+            row["error"] = _shown(f"{implementation} error", str(error).splitlines()[0])
+    out["dense"]["layer"] = _shown("dense layer", layer(twin, name, rows))
     return out
 
 
-def _print(name, row):
-    print(name, json.dumps(row, default=str), flush=True)
+def _shown(name, value):
+    print(name, json.dumps(value, default=str), flush=True)
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
