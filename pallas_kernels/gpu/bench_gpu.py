@@ -13,7 +13,8 @@ before each call, launch included (flush + call less flush alone). Medians. `flo
 the matmul rate and compulsory bytes over the copy rate, both measured at the start. `first_step_s`: tracing, compiling
 and the first call, beside the compilers of other rows.
 
-Processes compile side by side, since that takes far longer than timing, and take turns on the GPU.
+Processes compile side by side, since that takes far longer than timing, and take turns on the GPU. XLA does not tune
+itself, which would run kernels while others are timed.
 """
 
 import argparse
@@ -200,6 +201,7 @@ def main(argv=None):
     if not set(args.shapes.split(",")) <= set(map(str, range(len(SHAPES)))):
         parser.error(f"--shapes {args.shapes}: allowed are indices from 0 to {len(SHAPES) - 1}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the GPU's memory
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     if jax.default_backend() != "gpu":
         parser.error(f"a GPU is needed, the default backend is {jax.default_backend()}")
     start, rates = time.perf_counter(), ceilings()
