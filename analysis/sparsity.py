@@ -33,6 +33,7 @@ SHAPE = ["activation", "d_model", "n_layers"]
 
 
 LEVEL = 0.95
+ONE_SIZE = 1.3  # runs whose parameters differ by no more than this factor show what width/depth does
 
 
 def load(paths) -> pd.DataFrame:
@@ -260,8 +261,9 @@ def main(args: argparse.Namespace) -> None:
     fits = fit_curves(found)
     print(as_text(ends(found)))
     print(text(fits, found))
-    if rows.loc[rows["activation"] == "relu", "ratio"].nunique() > 2:
-        print("ReLU in width/depth: " + fit_text(fit_ratio(rows)))
+    relu = rows[rows["activation"] == "relu"]
+    if relu["ratio"].nunique() > 2 and relu["N"].max() < ONE_SIZE * relu["N"].min():
+        print("ReLU in width/depth: " + fit_text(fit_ratio(relu)))
     if args.svg:
         from analysis import sparsity_plot  # matplotlib is slow to import
 
