@@ -61,18 +61,20 @@ def dplr(q, k, v, a, b, log_decay, *, scale, min_log_decay, initial_state=None, 
     arrays = (pad_tokens(repeat_heads(x, heads)) for x in (q, k, v, a, b, log_decay))
     if initial_state is not None:
         initial_state = initial_state.astype(jnp.float32)
-    segments = None if segment_ids is None else _segments(pad_tokens(segment_ids))
+    segments = None if segment_ids is None else _segments(segment_ids)
     o, state = _dplr(*arrays, initial_state, segments, scale, interpret)
     return o[:, :t_size], state
 
 
 def _segments(ids):
-    """([B, N, 4, 64] float32 of `dplr_pass.Segments`, [B, N] float32: no segment starts in the chunk)."""
-    starts = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-    ids = jnp.cumsum(starts.reshape(ids.shape[0], -1, CHUNK), axis=-1).astype(jnp.float32)
-    last = ids[..., -1:]
-    flags = [(ids == 0).astype(jnp.float32), (ids == last).astype(jnp.float32), jnp.zeros_like(ids)]
-    return jnp.stack([ids, *flags], axis=2), (last[..., 0] == 0).astype(jnp.float32)
+    """([B, N, 2, 64] int32 of `dplr_pass.Segments`, [B, N] float32: 0 where a segment starts in the chunk)."""
+    starts = pad_tokens(jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0))))
+    starts = starts.reshape(ids.shape[0], -1, CHUNK)
+    at = jnp.arange(CHUNK)
+    first = jax.lax.cummax(jnp.where(starts, at, -1), axis=2)
+    after = jnp.pad(jnp.where(starts, at, CHUNK + 1)[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=CHUNK + 1)
+    last = jax.lax.cummin(after, axis=2, reverse=True) - 1
+    return jnp.stack([first, last], axis=2), (first[..., -1] < 0).astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
@@ -103,7 +105,7 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     back = dplr_reverse(weights, do, dfinal, keep, **options)
     grads = chunk_gradients(q, k, a, b, v, walk["u"], do, back["de"], log_decay, walk["entering"], back["entering"],
                             keep, flags, scale=scale, interpret=interpret)
-    dsegments = jax.tree.map(jnp.zeros_like, segments)
+    dsegments = None if segments is None else (None, jnp.zeros_like(keep))
     return (grads["dq"], grads["dk"], back["dv"], grads["da"], grads["db"], grads["dg"],
             None if init is None else back["state"], dsegments)
 

@@ -78,30 +78,34 @@ def cumulative(decays, ones, scratch, *, exact, interpret):
 class Segments:
     """Which tokens of a chunk see each other, and the states at its ends; without segments all do."""
 
-    def __init__(self, segments):
-        """segments: [4, 64] float32 in global memory or None: ids, 1 before the first start, 1 after the last one."""
-        self.segments = segments
+    def __init__(self, ref):
+        """ref: [2, 64] int32 in global memory or None: where each token's segment starts in the chunk, -1 if before it,
+        and where it ends, 64 if after it.
+        """
+        self.given = ref is not None
+        if self.given:
+            self.start, self.end = (plgpu.load(ref.at[i], layout=WGMMA.reduce(1), optimized=False) for i in (0, 1))
 
-    def _vector(self, i, axis):
-        return plgpu.load(self.segments.at[i], layout=WGMMA.reduce(axis), optimized=False)
+    def earlier(self, keep, col):
+        """keep [64, 64], of rows that read columns, where both are of one segment."""
+        return keep & (col >= rows(self.start, SQUARE)) if self.given else keep
 
-    def masked(self, keep):
-        if self.segments is None:
-            return keep
-        return keep & (rows(self._vector(0, 1), SQUARE) == columns(self._vector(0, 0), SQUARE))
+    def later(self, keep, col):
+        """keep [64, 64], of rows that are read by columns, where both are of one segment."""
+        return keep & (col <= rows(self.end, SQUARE)) if self.given else keep
 
     def entering(self, x):
-        return x if self.segments is None else x * rows(self._vector(1, 1), SQUARE)
+        return jnp.where(rows(self.start, SQUARE) < 0, x, 0.0) if self.given else x
 
     def leaving(self, x):
-        return x if self.segments is None else x * rows(self._vector(2, 1), SQUARE)
+        return jnp.where(rows(self.end, SQUARE) == CHUNK, x, 0.0) if self.given else x
 
 
 def chunk_weights(q, k, a, b, g, segments=None, *, scale, gradient, interpret=None):
     """The parts of the walks that one chunk makes alone, all chunks in parallel.
 
     Args: q, k, a, b [B, T, H, K] bf16, g [B, T, H, K] natural log decays; T a multiple of 64, K 64 or 128. segments:
-      [B, N, 4, 64] float32 or None, see `Segments`. gradient: also make what only the backward pass needs.
+      [B, N, 2, 64] int32 or None, see `Segments`. gradient: also make what only the backward pass needs.
     Returns: dict with x, a, k, y [B, T, H, K], qk, ak, n [B, H, N, 64, 64] in bf16, total [B, H, N, K] float32 = log2
       decay of each chunk, and with `gradient` t = T. Where segments start, x, a, k and y are zero for tokens that do
       not reach the states at the ends of the chunk.
@@ -144,7 +148,7 @@ def chunk_weights(q, k, a, b, g, segments=None, *, scale, gradient, interpret=No
         plgpu.commit_smem()
         tiles = {name: tuple(smem[name]) for name in "qkab"}
         ab, = products((tiles["a"], turned(tiles["b"])))
-        lower, strict = seg.masked(row >= col), seg.masked(row > col)
+        lower, strict = seg.earlier(row >= col, col), seg.earlier(row > col, col)
         t = smem["t"]
         inverse = unit_lower_inverse(jnp.where(strict, -ab, 0.0), smem["half"], interpret=interpret)
         t[...] = inverse.astype(dtype)
@@ -273,19 +277,17 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
                        segments=segments)
     outs = {name: jax.ShapeDtypeStruct(q.shape, dtype) for name in ("dq", "dk", "da", "db")}
     outs["dg"] = jax.ShapeDtypeStruct(g.shape, g.dtype)
-    # Through global memory go what would halve the programs of a processor, 24 bytes more of shared memory, and what
-    # would be spilled.
-    outs |= {"kept": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size), jnp.float32),
-             "c": jax.ShapeDtypeStruct(q.shape, jnp.float32)}
+    # Through global memory, since 24 bytes more of shared memory would halve the programs of a processor.
+    outs["kept"] = jax.ShapeDtypeStruct((b_size, heads, chunks, k_size), jnp.float32)
     values = ("v", "u", "do", "de")
     scratch = {name: [tile(SQUARE, dtype)] * n_v for name in (*values, "entering")}
-    # R is spent before k' and b' are needed: with its tiles shared, two programs fit on a processor.
+    # R is spent before k and b are needed: with its tiles shared, two programs fit on a processor.
     scratch |= {"leaving": [tile(SQUARE, dtype)] * 2, "q": tile(SQUARE, dtype), "a": tile(SQUARE, dtype)}
 
     def body(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
-        smem, loaded, reads_loaded = refs[len(names):]
+        smem, loaded, reads_loaded, writes_loaded = refs[len(names):]
         column, chunk, batch = lax.axis_index("column"), lax.axis_index("chunk"), lax.axis_index("batch")
         head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
         here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
@@ -302,7 +304,6 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
         q_tile, a_tile, k_tile, b_tile = smem["q"], smem["a"], *smem["leaving"]
         q_tile[...] = jnp.where(row >= col, 1.0, 0.0).astype(dtype)
         g_here = gmem["g"].at[batch, here, head, mine]
-        c_here = gmem["c"].at[batch, here, head, mine]
         c = cumulative(load_decays(g_here), q_tile, a_tile, exact=g.dtype == dtype, interpret=interpret)
         plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(gmem["q"].at[batch, here, head, mine], q_tile, reads_loaded)
@@ -312,47 +313,50 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
         kept = sum(jnp.sum(load(s) * load(r), axis=1) for s, r in zip(tiles["entering"], tiles["leaving"], strict=True))
         kept_here = gmem["kept"].at[batch, head, chunk, mine]
         kept_here[...] = kept if keep is None else kept * gmem["keep"][batch, chunk]
+        dk_state, db_state = products((tiles["v"], turned(tiles["leaving"])), (tiles["u"], turned(tiles["leaving"])))
+        dk_state, db_state = seg.leaving(dk_state), seg.leaving(db_state)
+        plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(gmem["k"].at[batch, here, head, mine], k_tile, writes_loaded)
+        plgpu.copy_gmem_to_smem(gmem["b"].at[batch, here, head, mine], b_tile, writes_loaded)
+
+        def before():
+            return jnp.exp2(c - load_decays(g_here) * LOG2E)
+
         plgpu.barrier_wait(reads_loaded)
         q_tile[...] = (load(q_tile) * jnp.exp2(c)).astype(dtype)
-        a_tile[...] = (load(a_tile) * jnp.exp2(c - load_decays(g_here) * LOG2E)).astype(dtype)
-        c_here[...] = c
+        a_tile[...] = (load(a_tile) * before()).astype(dtype)
         plgpu.commit_smem()
 
-        def load_global(ref):
-            return plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32)
+        def scores(left, right, keep, factor):
+            score, = products((tiles[left], turned(tiles[right])))
+            return jnp.where(keep, score * factor, 0.0).astype(dtype)
 
-        def masked(score, keep, factor):
-            return jnp.where(seg.masked(keep), score * factor, 0.0).astype(dtype)
-
-        def write(own, values):
-            """(gradient, weighted tokens, change of reach, share in the state) of k or b."""
-            own = load_global(gmem[own].at[batch, here, head, mine])
-            right = (turned(tiles[name]) for name in ("leaving", "do", "de"))
-            state, *pair = products(*((tiles[values], ref) for ref in right))
-            pair = masked(pair[0], row <= col, scale), masked(pair[1], row < col, 1.0)
+        def write(name, ref, state):
+            """(gradient, change of reach, share in the state) of k or b; `ref` gets the weighted tokens."""
+            pair = (scores(name, "do", seg.later(row <= col, col), scale),
+                    scores(name, "de", seg.later(row < col, col), 1.0))
             inner, = add_products((zeros(), pair, (q_tile, a_tile)), interpret=interpret)
-            state, leave = seg.leaving(state), jnp.exp2(-load_global(c_here))
-            weighted = (own * leave).astype(dtype)
-            own = weighted.astype(jnp.float32)
-            return ((inner + state) * leave).astype(dtype), weighted, own * inner, own * state
+            weighted = (load(ref) * jnp.exp2(-c)).astype(dtype)
+            ref[...] = weighted
+            weighted = weighted.astype(jnp.float32)
+            return ((inner + state) * jnp.exp2(-c)).astype(dtype), weighted * inner, weighted * state
 
         def read(gradient, keep, factor):
-            right = (turned(tiles[name]) for name in ("entering", "v", "u"))
-            state, *pair = products(*((tiles[gradient], ref) for ref in right))
-            pair = tuple(masked(score, keep, factor) for score in pair)
+            pair = scores(gradient, "v", keep, factor), scores(gradient, "u", keep, factor)
+            state, = products((tiles[gradient], turned(tiles["entering"])))
             return add_products((seg.entering(state) * factor, pair, (k_tile, b_tile)), interpret=interpret)[0]
 
-        dk, weighted_k, reach, written = write("k", "v")
-        db, weighted_b, reach_b, written_b = write("b", "u")
+        plgpu.barrier_wait(writes_loaded)
+        dk, reach, written = write("v", k_tile, dk_state)
+        db, reach_b, written_b = write("u", b_tile, db_state)
         reach, written = -reach - reach_b, (written + written_b).astype(dtype)
-        k_tile[...], b_tile[...] = weighted_k, weighted_b
         plgpu.commit_smem()
-        dq = read("do", row >= col, scale)
+        dq = read("do", seg.earlier(row >= col, col), scale)
         reach = reach + load(q_tile) * dq
-        q_tile[...] = (dq * jnp.exp2(load_global(c_here))).astype(dtype)
-        da = read("de", row > col, 1.0)
+        q_tile[...] = (dq * jnp.exp2(c)).astype(dtype)
+        da = read("de", seg.earlier(row > col, col), 1.0)
         erased = load(a_tile) * da
-        a_tile[...] = (da * jnp.exp2(load_global(c_here) - load_decays(g_here) * LOG2E)).astype(dtype)
+        a_tile[...] = (da * before()).astype(dtype)
         k_tile[...], b_tile[...] = dk, db
         plgpu.commit_smem()
         for name, ref in (("dq", q_tile), ("da", a_tile), ("dk", k_tile), ("db", b_tile)):
@@ -368,13 +372,14 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
         after = strict.transpose(T_CONTRACT)
         dg, = products(((after, after, strict), (high, low, prefix)))
         dg = dg + reach + columns(plgpu.load(kept_here, layout=WGMMA.reduce(0), optimized=False), SQUARE)
-        dg = jnp.where(load_global(g_here) >= MIN_LOG_DECAY, dg, 0.0)
-        gmem["dg"].at[batch, here, head, mine][...] = dg.astype(g.dtype)
+        given = plgpu.load(g_here, layout=WGMMA, optimized=False).astype(jnp.float32)
+        gmem["dg"].at[batch, here, head, mine][...] = jnp.where(given >= MIN_LOG_DECAY, dg, 0.0).astype(g.dtype)
         plgpu.wait_smem_to_gmem(0)
 
     got = plgpu.kernel(
         body, out_type=tuple(outs.values()),
-        scratch_types=(scratch, plgpu.Barrier(num_arrivals=6 * n_v), plgpu.Barrier(num_arrivals=2)),
+        scratch_types=(scratch, plgpu.Barrier(num_arrivals=6 * n_v), plgpu.Barrier(num_arrivals=2),
+                       plgpu.Barrier(num_arrivals=2)),
         grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(*operands.values())

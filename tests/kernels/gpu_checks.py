@@ -51,10 +51,10 @@ def relative_errors(*args, **options):
     return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*both_ways(*args, **options), strict=True)]
 
 
-def kernels_lowered(op, arrays, cotangents, **options):
+def kernels_lowered(op, arrays, cotangents, segment_ids=None, **options):
     """Mosaic GPU kernels in the values and gradients of `op`, lowered for a Hopper GPU."""
     with jax.sharding.use_abstract_mesh(HOPPER):
-        traced = compiled(op, **options).trace(arrays, cotangents, None)
+        traced = compiled(op, **options).trace(arrays, cotangents, segment_ids)
         return traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu")
 
 

@@ -43,14 +43,15 @@ def errors(arrays, cotangents, **options):
 
 
 @as_written
-@pytest.mark.parametrize("d", [64, 128])
-def test_forward_and_backward_lower_for_hopper(d):
-    assert kernels_lowered(gpu.dplr, *make(2, 300, 3, d), **OPTIONS) >= 5
+@pytest.mark.parametrize("d, segments", [(64, False), (128, False), (128, True)])
+def test_forward_and_backward_lower_for_hopper(d, segments):
+    ids = jnp.zeros((2, 300), jnp.int32) if segments else None
+    assert kernels_lowered(gpu.dplr, *make(2, 300, 3, d), ids, **OPTIONS) >= 5
 
 
 @as_written
 def test_interpreted_matches_the_reference_without_races(capsys):
-    ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 20, axis=1).reshape(1, 100), jnp.int32)
+    ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 4]], 20, axis=1).reshape(1, 100), jnp.int32)
     got = errors(*make(1, 100, 1, 64, initial=True), segment_ids=ids,
                  interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert max(got) < 0.01 and "RACE" not in capsys.readouterr().out, got
@@ -83,6 +84,19 @@ def test_other_implementations_take_the_bound(implementation):
 
 @on_gpu
 @pytest.mark.gpu
+def test_gpu_segments_match_the_reference():
+    ids = jnp.asarray(np.cumsum(np.random.default_rng(0).random((2, 1000)) < 0.02, axis=1), jnp.int32)
+    assert max(errors(*make(2, 1000, 3, 128, initial=True), segment_ids=ids)) < 0.012
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_gpu_output_is_bitwise_causal_and_repeatable():
+    assert_causal_and_repeatable(gpu.dplr, *make(1, 1024, 2, 128), **OPTIONS)
+
+
+@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("t", [1, 63, 130, 1024])
 @pytest.mark.parametrize("d", [64, 128])
 def test_gpu_matches_the_reference(t, d):
@@ -109,18 +123,5 @@ def test_gpu_erase_extremes(eta, keys):
 
 @on_gpu
 @pytest.mark.gpu
-def test_gpu_segments_match_the_reference():
-    ids = jnp.asarray(np.cumsum(np.random.default_rng(0).random((2, 1000)) < 0.02, axis=1), jnp.int32)
-    assert max(errors(*make(2, 1000, 3, 128, initial=True), segment_ids=ids)) < 0.012
-
-
-@on_gpu
-@pytest.mark.gpu
 def test_gpu_very_long_sequence():
     assert max(errors(*make(1, 65536, 1, 64))) < 0.012
-
-
-@on_gpu
-@pytest.mark.gpu
-def test_gpu_output_is_bitwise_causal_and_repeatable():
-    assert_causal_and_repeatable(gpu.dplr, *make(1, 1024, 2, 128), **OPTIONS)
