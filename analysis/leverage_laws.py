@@ -13,7 +13,9 @@ import pandas as pd
 from analysis.laws import efficiency_leverage, get_law
 from analysis.result import interval
 
-USUAL = "S > 0.3 and S < 0.4 and not arch.str.endswith('-raw')"  # one shared ratio and one way to weigh experts
+SIZES = "edge != 'few'"  # enough sizes to know the best one
+# One shared ratio and one way to weigh experts.
+USUAL = f"S > 0.3 and S < 0.4 and not arch.str.endswith('-raw') and {SIZES}"
 STARTS = np.geomspace(1e-4, 1.0, 120)  # of A_s
 PUBLISHED = get_law("leverage").constants["ling"].values
 
@@ -23,7 +25,7 @@ class Leverages:
     """Leverages of a sweep.
 
     rows: arch, A, G, S, budget, C, loss, EL, EL_lo, EL_hi, extrapolated (the loss is below those of the dense runs),
-    edge ("small", "large": an outermost size is the best, so that EL is a lower bound; or "").
+    edge ("small", "large": an outermost size is the best; "few": there are fewer than three; EL is a lower bound then).
     draws: [draws, rows] of EL.
     """
 
@@ -179,7 +181,7 @@ def report(leverages: Leverages) -> dict:
 
     activation = each(activation_law, ["budget"], f"G == 2 and {USUAL}", ("A", 3))
     granularity = each(granularity_law, ["budget", "A"], USUAL, ("G", 3))
-    compute = each(compute_law, ["arch"], "C > 0", ("budget", 2))
+    compute = each(compute_law, ["arch"], SIZES, ("budget", 2))
     finest = each(finest_gain, ["budget", "A"], USUAL, ("G", 2))
     out |= {"activation": activation, "granularity": granularity, "finest": finest, "compute": compute}
     out["claims"] = {
@@ -192,7 +194,7 @@ def report(leverages: Leverages) -> dict:
         joint = joint_law(shared)
     except ValueError as error:
         return out | {"joint": None, "joint_refused": str(error)}
-    top = float(rows["C"].max())
+    top = float(shared.rows["C"].max())
     # a and d are at C = 1 FLOP, far from any run, and move together: their sum at the dearest runs says more.
     found = intervals(joint | {"alpha": joint["a"] + joint["d"] * np.log10(top)}, level)
     at_top = PUBLISHED | {"alpha": PUBLISHED["a"] + PUBLISHED["d"] * np.log10(top)}

@@ -68,7 +68,8 @@ def curves(found: Leverages, joint: dict):
     over_A.plot([], [], color="0.3", linestyle="--", label="published, extrapolated")
     over_A.plot(A, _published(A, 2.0, 1e20), color="0.3", linestyle=":", label="published, 1e20 FLOP")
     over_A.legend()
-    over_C.legend()
+    over_C.set_ylim(top=1.4 * rows["EL_hi"].max())  # room for the legend
+    over_C.legend(ncols=2)
     return figure
 
 

@@ -8,7 +8,7 @@
 The leverage (arXiv:2507.17702) of an architecture at a budget is the compute at which the dense law reaches its lowest
 loss there, over the budget. That loss is the minimum of an IsoFLOP parabola: through all sizes, or ("best") through the
 best size and the nearest two, where the others lie too far out for a parabola; the noise between seeds is then that of
-sizes run with several, or given.
+sizes run with several, or given. A budget with fewer than three sizes gives a bound, which no law is fitted to.
 
 A run repeated with the same seed (on a GPU it does not give the same bits) is no second seed: repeats are kept in the
 rows, told apart by "-2", "-3" after the run_id, and averaged here before anything is fitted.
@@ -27,7 +27,7 @@ import pandas as pd
 
 from analysis import cli
 from analysis.frontier import Frontier, frontier_points
-from analysis.isoflop import fit_profile
+from analysis.isoflop import Profile, fit_profile
 from analysis.leverage_laws import Leverages, report, verdict
 from analysis.load import DataError, Table, check_comparable, load_table, read
 from analysis.result import Options, interval
@@ -35,7 +35,11 @@ from analysis.tables import number, with_interval
 
 AXES = ("A", "G", "S")
 POINTS = ("isoflop", "best")  # parabola through all sizes of a budget, or through its best size and the nearest two
-EDGES = {"small": "smallest", "large": "largest"}
+EDGES = {
+    "small": "the smallest size is the best",
+    "large": "the largest size is the best",
+    "few": "fewer than three sizes",
+}
 FLOORS = np.linspace(0.0, 0.99, 100)  # shares of the lowest loss
 
 
@@ -96,6 +100,11 @@ def sweep_leverages(
         raise ValueError(f"arch {base!r} and another one are needed; {table.source} has {', '.join(names) or 'none'}")
     frontiers = above_one_floor(frontiers)
     dense = frontiers[names.index(base)]
+    off = np.sqrt(np.mean((dense.law(dense.C)[0] - dense.loss) ** 2))
+    notes.append(
+        f"{base} law: {dense.floor:.3g} + {dense.k:.3g} C^-{dense.gamma:.3g} through {len(dense.C)} budgets, rms error "
+        f"{off:.2g} nats"
+    )
     rows, draws = [], []
     for frontier in frontiers:
         usable = [profile for profile in frontier.profiles if profile.coefficients is not None]
@@ -103,7 +112,9 @@ def sweep_leverages(
         if frontier is dense:
             edges = ", ".join(f"{budget:.3g}" for budget, at in zip(budgets, usable, strict=True) if at.edge)
             if edges:
-                notes.append(f"{base}: an outermost size is the best at {edges} FLOP, so these losses are upper bounds")
+                notes.append(
+                    f"{base}: the best size lacks a neighbour at {edges} FLOP, so these losses are upper bounds"
+                )
             continue
         value, drawn = dense.compute_for(frontier.loss, frontier.loss_draws)
         for i, (C, budget, profile) in enumerate(zip(frontier.C, budgets, usable, strict=True)):
@@ -121,29 +132,40 @@ def sweep_leverages(
 def best_sizes(rows: pd.DataFrame, name: str, noise: tuple[float, float], options: Options) -> Frontier:
     """The frontier through the minima of parabolas, each of the best size of a budget and the nearest two.
 
-    `noise`: standard deviation of the loss of a run and its degrees of freedom. Raises ValueError as `frontier_points`.
+    A budget with fewer sizes gives the loss of its best one. `noise`: standard deviation of the loss of a run and its
+    degrees of freedom. Raises ValueError where there is only one budget.
     """
-    found, notes = [], []
-    for i, (budget, part) in enumerate(rows.groupby("budget")):
+    found = []
+    for i, (_, part) in enumerate(rows.groupby("budget")):
+        seed = options.seed + (zlib.crc32(name.encode()) << 32) + i  # no two architectures share their draws
         mean = part.groupby("N")["loss"].mean()
         at = int(mean.argmin())
-        first = min(max(at - 1, 0), max(len(mean) - 3, 0))
+        if len(mean) < 3:
+            found.append(_one_size(part[part["N"] == mean.index[at]], noise, options.bootstrap, seed))
+            continue
+        first = min(max(at - 1, 0), len(mean) - 3)
         part = part[part["N"].isin(mean.index[first : first + 3])]
-        seed = options.seed + (zlib.crc32(name.encode()) << 32) + i  # no two architectures share their draws
         profile = fit_profile(
             part["C"].mean(), part["N"], part["loss"], part.index, draws=options.bootstrap, level=options.level,
             noise=noise, seed=seed,
         )  # fmt: skip
-        if at in (0, len(mean) - 1):
-            profile.edge = "small" if at == 0 else "large"
-        if profile.coefficients is None:
-            notes.append(f"{name}, C {budget:.3g}: {profile.refused}")
-        else:
-            found.append(profile)
+        profile.edge = {0: "small", len(mean) - 1: "large"}.get(at)
+        found.append(profile)
     if len(found) < 2:
-        raise ValueError(f"{name}: {len(found)} budgets with at least 3 sizes; a frontier needs 2")
+        raise ValueError(f"{name}: {len(found)} budget; a frontier needs 2")
     loss, draws = np.array([p.best for p in found]), np.stack([p.best_draws for p in found], 1)
-    return Frontier(name, np.array([p.C for p in found]), loss, draws, found, notes).with_floor(0.0, 0.0)
+    return Frontier(name, np.array([p.C for p in found]), loss, draws, found).with_floor(0.0, 0.0)
+
+
+def _one_size(rows: pd.DataFrame, noise: tuple[float, float], draws: int, seed: int) -> Profile:
+    (sigma, freedom), rng, loss = noise, np.random.default_rng(seed), rows["loss"].mean()
+    spread = rng.standard_normal(draws) * sigma / len(rows) ** 0.5
+    if np.isfinite(freedom):
+        spread *= np.sqrt(freedom / rng.chisquare(freedom, draws))
+    return Profile(
+        rows["C"].mean(), rows["N"].to_numpy(), rows["loss"].to_numpy(), rows.index.to_numpy(), 0.0,
+        coefficients=np.array([loss, 0.0, 0.0]), best=loss, best_draws=loss + spread, edge="few",
+    )  # fmt: skip
 
 
 def seed_noise(rows: pd.DataFrame) -> tuple[float, float]:
@@ -188,7 +210,7 @@ def text(found: dict) -> str:
         EL = with_interval({"value": row["EL"], "lo": row["EL_lo"], "hi": row["EL_hi"]})
         notes = ["beyond the dense runs"] * row["extrapolated"]
         if row["edge"]:
-            notes.append(f"at least: the {EDGES[row['edge']]} size is the best")
+            notes.append(f"at least: {EDGES[row['edge']]}")
         note = "   " + "; ".join(notes) if notes else ""
         lines.append(
             f"{row['arch']:<28} {number(row['C']):>9} {row['loss']:>7.4f}  {EL:<22} {row['published']:>5.2f}{note}"

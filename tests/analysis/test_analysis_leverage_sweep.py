@@ -8,7 +8,7 @@ import pytest
 
 from analysis import cli, leverage_plot
 from analysis.laws import get_law
-from analysis.leverage_laws import claim, joint_law, report, verdict
+from analysis.leverage_laws import USUAL, claim, joint_law, report, verdict
 from analysis.leverage_sweep import average_repeats, gather, main, parser, seed_noise, sweep_leverages
 from analysis.load import load_table
 from analysis.result import Options
@@ -87,6 +87,12 @@ def test_an_outermost_best_size_is_flagged():
     )
     assert (whole["edge"] == "").all() and (cut["edge"] == "small").all()
     assert (cut["EL"] < whole["EL"]).all()
+    top = runs["budget"] == BUDGETS[-1]
+    table = load_table(runs[~top | (runs["A"] != 0.6) | (runs["N"] > 3e6)], required=("N", "C", "loss"))
+    found = sweep_leverages(table, "dense", "best", Options(bootstrap=50, seed_noise=1e-5))
+    few = found.rows[found.rows["edge"] == "few"]
+    assert few[["A", "budget"]].values.tolist() == [[0.6, BUDGETS[-1]]]
+    assert len(report(found)["activation"]) == 4 and len(found.where(USUAL).rows) == len(found.rows) - 1
 
 
 def test_repeats_with_one_seed_are_no_seeds():
