@@ -184,7 +184,7 @@ def read_fits(path) -> pd.DataFrame:
 
 
 def summary(probed: Probed) -> pd.DataFrame:
-    """A row for each size and intervention at the last step that all its runs reached: means over seeds. Small first.
+    """A row for each size and intervention at the last step at which all its runs were probed: means over seeds.
 
     loss is that of the validation split, where this step ends the runs.
     ratio, max and massive are of the layer with most (ratio_lo and ratio_hi the smallest and largest seed); ratio_peak
@@ -195,7 +195,8 @@ def summary(probed: Probed) -> pd.DataFrame:
     """
     rows, out = labelled(probed), []
     for (size, name), group in rows.groupby(["size", "intervention"], sort=False):
-        last = group.groupby("run_id")["step"].max().min()
+        seen_by = group.groupby("step")["run_id"].nunique()
+        last = seen_by[seen_by == seen_by.max()].index.max()
         seeds = [_at_end(run, last) for _, run in group[group["step"] <= last].groupby("run_id")]
         runs = probed.runs[(probed.runs["size"] == size) & (probed.runs["intervention"] == name)]
         row = {"size": size, "intervention": name, "seeds": len(seeds), "step": last}

@@ -67,6 +67,9 @@ def test_a_store_and_its_saved_lines_are_the_same_table(store, tmp_path):
     assert probed.rows["sink_mass"].isna().mean() == 0.5
     summary = massive_activations.summary(probed).set_index("intervention")
     assert summary.loc["baseline", "seeds"] == 2 and summary.loc["baseline", "sink"] == pytest.approx(0.1)
+    cut = probed.rows[(probed.rows["run_id"] != "run0") | (probed.rows["step"] < 2950)]
+    cut = massive_activations.summary(massive_activations.Probed(probed.runs, cut)).set_index("intervention")["step"]
+    assert cut["baseline"] == 2900 and cut["qk_norm"] == 3000 and cut.index[0] == "baseline"
     early = massive_activations.until(probed, 512)
     assert early.rows["step"].max() == 512 and len(early.runs) == 3
     with pytest.raises(DataError, match="step 4000: no run reached it; the longest has 3000"):
