@@ -28,10 +28,14 @@ SIZES = {
 }
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def gradients(lhs, rhs, sizes, cotangent, implementation):
-    """(y, dlhs, drhs)."""
-    y, pull = jax.vjp(lambda lhs, rhs: api.grouped_matmul(lhs, rhs, sizes, implementation=implementation), lhs, rhs)
+@functools.partial(jax.jit, static_argnames=("implementation", "matrices"))
+def gradients(lhs, rhs, sizes, cotangent, implementation, matrices=1):
+    """(y, dlhs, drhs), rhs handed over in several matrices side by side."""
+
+    def product(lhs, rhs):
+        return api.grouped_matmul(lhs, tuple(jnp.split(rhs, matrices, 2)), sizes, implementation=implementation)
+
+    y, pull = jax.vjp(product, lhs, rhs)
     return y, *pull(cotangent.astype(y.dtype))
 
 
@@ -115,6 +119,14 @@ def test_gpu_kernels_lower(rows, k, n, matrices):
     assert text.count("mosaic_gpu") >= 3
 
 
+@pytest.mark.quick
+def test_gpu_kernel_says_what_it_does_not_take():
+    bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    for message, m, k, n in (("M must be a multiple of 8, got 12", 12, 128, 256), ("K and N must be", 8, 128, 64)):
+        assert message in gpu.supports(lhs=bf16((m, k)), rhs=(bf16((2, k, n)),))
+    assert gpu.supports(lhs=bf16((8, 128)), rhs=(bf16((2, 128, 256)),) * 2) is None
+
+
 @as_written
 @pytest.mark.parametrize("sizes", [[40, 0, 130, 60], [0, 256, 0, 0]])
 def test_gpu_kernels_interpreted(sizes, monkeypatch, capsys):
@@ -140,14 +152,14 @@ def test_gpu_kernels_interpreted(sizes, monkeypatch, capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
 @pytest.mark.parametrize("rows", [1000, 2048, 40])
-@pytest.mark.parametrize("shape", [(128, 256), (256, 384)])
-def test_gpu_kernel(shape, rows):
+@pytest.mark.parametrize("shape, matrices", [((128, 256), 1), ((256, 384), 1), ((256, 384), 3), ((128, 512), 2)])
+def test_gpu_kernel(shape, matrices, rows):
     """Groups that begin and end inside tiles, some empty, some rows left over."""
     rng = np.random.default_rng(4)
     for sizes in (rng.multinomial(rows, [0.5, 0, 0.3, 0.2, 0, 0, 0]), [0, 0, rows // 2, 3, 1, 0, rows // 3], [0] * 7):
         arrays = [(rows, shape[0]), (7, *shape), (rows, shape[1])]
         arrays = [jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in arrays]
-        got = gradients(*arrays[:2], jnp.asarray(sizes), arrays[2], "pallas_gpu")
+        got = gradients(*arrays[:2], jnp.asarray(sizes), arrays[2], "pallas_gpu", matrices)
         want = gradients(*(a.astype(jnp.float32) for a in arrays[:2]), jnp.asarray(sizes), arrays[2], "reference")
         for x, y in zip(got, want, strict=True):
             assert relative_error(x, y) < 1e-2
@@ -175,11 +187,6 @@ def test_errors_name_the_argument():
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
 def test_several_matrices_give_their_products_side_by_side(implementation):
     lhs, rhs, cotangent = map(jnp.asarray, inputs())
-    sizes = jnp.asarray(SIZES["uneven"])
-    pair = lambda lhs, rhs: api.grouped_matmul(lhs, (rhs, 2 * rhs), sizes, implementation=implementation)  # noqa: E731
-    y, pull = jax.vjp(pair, lhs, rhs)
-    want, dlhs, drhs = exact(lhs, rhs, SIZES["uneven"], cotangent)
-    assert relative_error(y, np.concatenate([want, 2 * want], axis=1)) < 1e-6
-    got = pull(jnp.concatenate([cotangent, cotangent], axis=1))
-    for x, one in zip(got, (dlhs, drhs), strict=True):
-        assert relative_error(x, 3 * one) < 1e-6
+    got = gradients(lhs, rhs, jnp.asarray(SIZES["uneven"]), cotangent, implementation, matrices=3)
+    for x, y in zip(got, exact(lhs, rhs, SIZES["uneven"], cotangent), strict=True):
+        assert relative_error(x, y) < 1e-6
