@@ -60,12 +60,21 @@ def gather(paths, **options) -> pd.DataFrame:
 
 
 def average_repeats(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row for each arch, budget, size and seed: the mean loss of runs that only the hardware tells apart."""
-    if "seed" not in rows:
+    """One row for each run_id without its "-2": the mean loss of runs that only the hardware tells apart.
+
+    Raises ValueError where two runs have the same arch, budget, size and seed, and so differ in something else.
+    """
+    if not {"run_id", "seed"} <= set(rows):
         return rows
-    keys = [rows[name] for name in ("arch", "budget", "N", "seed")]
-    rows = rows.assign(loss=rows.groupby(keys)["loss"].transform("mean"))
-    return rows[~pd.concat(keys, axis=1).duplicated()]
+    run = rows["run_id"].astype(str).str.split("-").str[0]
+    clash = run.groupby([rows[name] for name in ("arch", "budget", "N", "seed")]).transform("nunique") > 1
+    if clash.any():
+        row = rows[clash].iloc[0]
+        raise ValueError(
+            f"arch {row['arch']!r}, budget {row['budget']:.3g}, N {row['N']:.4g}, seed {row['seed']:g}: several runs "
+            "that differ in something else (a learning rate?); choose with --where"
+        )
+    return rows.assign(loss=rows.groupby(run)["loss"].transform("mean"))[~run.duplicated()]
 
 
 def sweep_leverages(

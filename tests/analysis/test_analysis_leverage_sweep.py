@@ -96,14 +96,18 @@ def test_an_outermost_best_size_is_flagged():
 
 
 def test_repeats_with_one_seed_are_no_seeds():
-    rows = pd.concat([sweep(2e-3, 0), sweep(2e-3, 1)], ignore_index=True)
-    again = rows.assign(loss=rows["loss"] + 1e-3)
+    rows = pd.concat([sweep(2e-3, 0), sweep(2e-3, 1)], ignore_index=True).assign(
+        run_id=lambda x: x.index.map("{:x}".format)
+    )
+    again = rows.assign(loss=rows["loss"] + 1e-3, run_id=rows["run_id"] + "-2")
     averaged = average_repeats(pd.concat([rows, again], ignore_index=True))
     assert len(averaged) == len(rows)
     np.testing.assert_allclose(averaged["loss"], rows["loss"] + 5e-4)
     noise, freedom = seed_noise(averaged)
     assert noise == pytest.approx(2e-3, rel=0.2) and freedom > 50
     assert seed_noise(rows) == pytest.approx((noise, freedom))
+    with pytest.raises(ValueError, match="seed 0: several runs that differ in something else"):
+        average_repeats(pd.concat([rows, rows.assign(run_id="a" + rows["run_id"])], ignore_index=True))
 
 
 def test_rows_of_several_sources_are_kept_once(tmp_path):
