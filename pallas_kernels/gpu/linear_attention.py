@@ -4,7 +4,7 @@ Serves linear attention (2006.16236), RetNet (2307.08621), Lightning Attention (
 sigmoid-gated mLSTM and, through `channel_decay`, GLA and HGRN2. The rest of this file is the scalar decay: states are
 float32 and stay on chip; residuals are the inputs and one state per piece of T.
 
-The gradient of the gates needs no product of its own, see `gates.gate_gradient`; the kernels take its float32 row sums.
+The gradient of the gates needs no product of its own, see `decay_gradient`; the kernels take its float32 row sums.
 """
 import functools
 
@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu import channel_decay
 from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
-from pallas_kernels.gpu.gates import chunk_decays, gate_gradient, pad_tokens, rounded, token_decays
+from pallas_kernels.gpu.gates import LOG2E, chunk_decays, pad_tokens, rounded, running_sum, token_decays
 from pallas_kernels.gpu.head_parts import HeadParts
 from pallas_kernels.gpu.pieces import count_pieces, piece_states
 from pallas_kernels.gpu.tiles import CHUNK, not_hopper
@@ -82,23 +82,37 @@ def entering_states(y, z, c, total, init, *, pieces, reverse, interpret):
     return piece_states(local, total, init, pieces, reverse)
 
 
-def states_by_gradients(f, k, v, decays, final, unscaled, scale):
-    """<S, dS> [B, H, M] after each span of saved chunks, the last of which may be cut short by T.
+def decay_gradient(r_q, r_k, inner):
+    """Gradient of log2 decays [B, H, T] from the row sums q . dq and k . dk without what tokens give to themselves.
 
-    Args: f [B, H, M, K] from `decay_pass_pair`; k [B, T, H, K], v [B, T, H, V] and decays [B, H, N, 64], the log2 decay
-      of each token up to the end of its chunk; final [B, H, K, V] and unscaled, its cotangent over `scale`, or None.
+    That of token t's natural log decay is <S, dS> before its span of saved chunks plus the sum of k . dk - q . dq over
+    the span's tokens before t: over a whole sequence rounding would add up. Counted from the start and not from the
+    end, nothing is large where decays make the gradient small, as <S, dS> after the last token would be.
+
+    Args: r_q, r_k [B, H, T]; inner [B, H, M] = <S, dS> before each of the M spans, the last of which may be cut short.
     """
-    spans = -(-k.shape[1] // (SAVE_EVERY * CHUNK))
-    at_end = jnp.zeros(final.shape[:2], jnp.float32)
-    # No decay makes this one small, and the row sums of dk must cancel it where the gates' gradient is small: so dS is
-    # rounded as in the products that made dk, and S is not; what the last chunk's values lost in products is added.
-    if unscaled is not None:
-        ds = rounded(unscaled)
-        z = v[:, -CHUNK:] * jnp.exp2(decays[:, :, -1]).swapaxes(1, 2)[..., None]
-        lost = z - rounded(z)
-        at_end = jnp.sum(final * ds, axis=(-1, -2)) + jnp.einsum(
-            "bjhk,bhkv,bjhv->bh", k[:, -CHUNK:].astype(jnp.float32), ds, lost, precision="highest")
-    return scale * jnp.concatenate([jnp.sum(f, axis=-1)[..., :spans - 1], at_end[..., None]], axis=-1)
+    def sum_before(x):
+        return running_sum(jnp.pad(x[..., :-1], ((0, 0),) * (x.ndim - 1) + ((1, 0),)))
+
+    b_size, heads, t_size = r_q.shape
+    spans = inner.shape[-1]
+    rows = jnp.pad(r_k - r_q, ((0, 0), (0, 0), (0, spans * SAVE_EVERY * CHUNK - t_size)))
+    rows = rows.reshape(b_size, heads, spans, SAVE_EVERY, CHUNK)
+    within = sum_before(rows)
+    dg = within + (sum_before(within[..., -1] + rows[..., -1]) + inner[..., None])[..., None]
+    return dg.reshape(b_size, heads, -1)[..., :t_size] / LOG2E
+
+
+def states_by_gradients(dkv, states, scale):
+    """<S, dS> [B, H, M] before each span of saved chunks from the results of `decay_pass_pair`, R = dS / scale.
+
+    Args: states [B, H, P, K, V] entering the pieces, or None. S is rounded as in the products that made dq.
+    """
+    t_size, start = dkv["r"].shape[-1], jnp.zeros(dkv["r"].shape[:2], jnp.float32)
+    if states is not None:
+        start = jnp.sum(rounded(states[:, :, 0]) * dkv["state"][:, :, 0], axis=(-1, -2))
+    spans = -(-t_size // (SAVE_EVERY * CHUNK))
+    return scale * jnp.concatenate([start[..., None], jnp.sum(dkv["f"], axis=-1)[..., :spans - 1]], axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -120,14 +134,13 @@ def _vjp_forward(q, k, v, decay, init, scale, interpret):
     save_every = SAVE_EVERY if decay is not None and decay.perturbed else 0
     q, k, v, decay, init = (None if a is None else a.value for a in (q, k, v, decay, init))
     out, states = _forward(q, k, v, decay, init, scale, interpret, save_every)
-    final = out["state"][:, :, -1]
     # Which residuals are None, not their values, tells the backward pass what is wanted: residuals must be arrays.
-    residuals = q, k, v, decay, states, out.get("saved"), final if save_every else None, None if init is None else ()
-    return (out["o"], final), residuals
+    residuals = q, k, v, decay, states, out.get("saved"), None if init is None else ()
+    return (out["o"], out["state"][:, :, -1]), residuals
 
 
 def _vjp_backward(scale, interpret, residuals, cotangents):
-    q, k, v, decay, states, saved, final, has_init = residuals
+    q, k, v, decay, states, saved, has_init = residuals
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
     pieces = count_pieces(*q.shape[:3], v.shape[-1])
@@ -143,9 +156,8 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
                           interpret=interpret)
     ddecay = None
     if saved is not None:
-        rows = jnp.sum(dq["r"], axis=2) - dkv["r"]
-        inner = states_by_gradients(dkv["f"], k, v, c, final, unscaled, scale)
-        ddecay = gate_gradient(rows, inner, SAVE_EVERY)
+        inner = states_by_gradients(dkv, states, scale)
+        ddecay = decay_gradient(jnp.sum(dq["r"], axis=2), dkv["r"], inner).swapaxes(1, 2)
     return dq["o"], dkv["dk"], dkv["dv"], ddecay, None if has_init is None else dkv["state"][:, :, 0] * scale
 
 

@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels.gpu import linear_attention as scalar
 from pallas_kernels.gpu.chunk_sums import bf16_parts, chunk_sums, row_dots
 from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
-from pallas_kernels.gpu.gates import LOG2E, by_chunk, gate_gradient, pad_tokens, running_sum
+from pallas_kernels.gpu.gates import LOG2E, pad_tokens, running_sum
 from pallas_kernels.gpu.head_parts import HeadParts
 from pallas_kernels.gpu.mlstm_scans import decayed_sums
 from pallas_kernels.gpu.pieces import count_pieces
@@ -74,12 +74,12 @@ def _vjp_forward(q, k, v, gates, c0, n0, scale, interpret):
     q, k, v, gates, c0, n0 = jax.tree.map(lambda x: x.value, (q, k, v, gates, c0, n0),
                                           is_leaf=lambda x: hasattr(x, "perturbed"))
     out, (states, sums) = _forward(q, k, v, gates, c0, n0, scale, interpret, scalar.SAVE_EVERY)
-    outputs = out["o"], out["state"][:, :, -1], out["n"]
-    return outputs, (q, k, v, gates, None if c0 is None else (), states, sums, out["saved"], out["m"], *outputs[:2])
+    residuals = q, k, v, gates, states, sums, out["saved"], out["m"], out["o"], None if c0 is None else ()
+    return (out["o"], out["state"][:, :, -1], out["n"]), residuals
 
 
 def _vjp_backward(scale, interpret, residuals, cotangents):
-    q, k, v, (decay, weight, floor), has_init, states, sums, saved, m, o, final = residuals
+    q, k, v, (decay, weight, floor), states, sums, saved, m, o, has_init = residuals
     do, dfinal, dn = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
     b_size, t_size, heads, _ = q.shape
@@ -100,11 +100,10 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     dkv = decay_pass_pair(q, k, v, do, c, total, dstates, saved, d=d, delta=delta, norms=behind[:, :, 1:], scale=scale,
                           pieces=pieces, save_every=scalar.SAVE_EVERY, interpret=interpret)
 
-    rows = jnp.sum(dq["r"], axis=2) - dkv["r"]
-    inner = scalar.states_by_gradients(dkv["f"], k, v, c, final, unscaled, scale)
-    ends = jnp.minimum(scalar.SAVE_EVERY * (1 + jnp.arange(inner.shape[-1])), total.shape[-1])
-    inner = inner - scale * jnp.sum(sums[:, :, ends] * behind[:, :, ends], axis=-1)
-    ddecay = by_chunk(gate_gradient(rows, inner, scalar.SAVE_EVERY))
+    starts = scalar.SAVE_EVERY * jnp.arange(-(-t_size // (scalar.SAVE_EVERY * CHUNK)))
+    inner = scalar.states_by_gradients(dkv, states, scale)
+    inner = inner - scale * jnp.sum(sums[:, :, starts] * behind[:, :, starts], axis=-1)
+    ddecay = scalar.decay_gradient(jnp.sum(dq["r"], axis=2), dkv["r"], inner).reshape(decay.shape)
     dweight = (dkv["r"] + dkv["own"] * dkv["qk"]).reshape(ddecay.shape) / LOG2E
     dc0 = dn0 = None
     if has_init is not None:

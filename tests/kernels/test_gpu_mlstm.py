@@ -84,7 +84,7 @@ def test_interpreted_matches_the_reference(case, monkeypatch):
     if case == "pieces":
         got = errors(*make(1, 310, 1, 64, 64, initial=True), interpret=interpret)
     elif case == "head size 256":
-        got = errors(*make(1, 100, 1, 64, 256, initial=True), interpret=interpret)
+        got = errors(*make(1, 64, 1, 64, 256, initial=True), interpret=interpret)
     else:
         ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 40, axis=1).reshape(1, 200), jnp.int32)
         got = errors(*make(1, 200, 1, 64, 64), segment_ids=ids, interpret=interpret)
