@@ -217,10 +217,10 @@ def text(found: dict) -> str:
     lines = [f"{'architecture':<28} {'C':>9} {'loss':>7}  {'leverage':<22} published law there"]
     for row in found["rows"]:
         EL = with_interval({"value": row["EL"], "lo": row["EL_lo"], "hi": row["EL_hi"]})
-        notes = ["beyond the dense runs"] * row["extrapolated"]
+        flags = ["beyond the dense runs"] * row["extrapolated"]
         if row["edge"]:
-            notes.append(f"at least: {EDGES[row['edge']]}")
-        note = "   " + "; ".join(notes) if notes else ""
+            flags.append(f"at least: {EDGES[row['edge']]}")
+        note = "   " + "; ".join(flags) if flags else ""
         lines.append(
             f"{row['arch']:<28} {number(row['C']):>9} {row['loss']:>7.4f}  {EL:<22} {row['published']:>5.2f}{note}"
         )
@@ -240,10 +240,12 @@ def text(found: dict) -> str:
     lines += [f"  {law['arch']}: a {with_interval(law['a'])}" for law in found["compute"]]
     lines.append("published claims (2507.17702; those runs took 3e18 to 3e20 FLOP)")
     lines += [f"  {what}: {answer}" for what, answer in found["claims"].items()]
+    notes = [f"note: {note}" for note in found["notes"]]
     if not found["joint"]:
-        return "\n".join([*lines, f"no joint law: {found['joint_refused']}"])
+        return "\n".join([*lines, f"no joint law: {found['joint_refused']}", *notes])
     lines.append(
-        f"joint law, residual {found['joint_rms']:.3f} in ln EL; published constants were fitted at 3e18-3e20 FLOP"
+        f"joint law, residual {found['joint_rms']:.3f} in ln EL; published constants were fitted at 3e18-3e20 FLOP; "
+        "alpha = a + d log10 C at the dearest budget"
     )
     for name, entry in found["joint"].items():
         lines.append(
@@ -263,7 +265,7 @@ def text(found: dict) -> str:
             f"  EL {row['EL']:g} at G {row['G']:g}, C {number(row['C'])}: A {with_interval(row['A'])} "
             f"({row['share']:.0%} of the draws have one)"
         )
-    return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
+    return "\n".join([*lines, *notes])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -292,6 +294,8 @@ def main(args: argparse.Namespace) -> None:
     cli.check_out(args.save, "--save")
     if args.bootstrap < 2:
         raise ValueError(f"--bootstrap {args.bootstrap}: the laws need draws, at least 2")
+    if args.save and args.where:
+        raise ValueError("--save keeps every run: leave out --where")
     data = args.store[0]
     if args.save or len(args.store) > 1:
         data = gather(args.store, n=args.n, c=args.c)

@@ -161,6 +161,7 @@ def test_command_line(tmp_path, capsys):
     for argv, message in (
         ([*base, "--base", "desne"], "arch 'desne' and another one are needed"),
         ([*base, "--bootstrap", "0"], "the laws need draws"),
+        ([*base, "--save", str(tmp_path / "rows.csv"), "--where", "A < 1"], "--save keeps every run"),
     ):
         assert cli.run(main, parser(), argv) == 2
         assert message in capsys.readouterr().err
