@@ -14,7 +14,7 @@ import sys
 
 from pallas_kernels.gpu.bench_cases import FAMILIES
 
-ROWS = ("analysis/results/kernels/h100.json",)
+ROWS = ("analysis/results/kernels/h200.json", "analysis/results/kernels/h200_delta_rule.json")
 PEERS = ("analysis/results/kernels/h100_peers.json",)
 PEER_NAMES = {
     "gdn_flashqla": "FlashQLA",
@@ -37,35 +37,43 @@ def read(paths):
             if "errors" in row:
                 errors[row["family"]] = row["errors"]
             elif "failed" not in row:
+                row["device"] = docs[-1]["device"]
                 rows.setdefault((row["family"], row["implementation"], tuple(row["shape"])), {})[row["mode"]] = row
     return docs, rows, errors
 
 
 def read_peers(paths):
-    """{(peer, shape): {mode: ms}}: CUDA-graph time where there is one, else a call's time with the L2 cache flushed."""
+    """{(peer, shape): {mode: row}}; kernel_ms is CUDA-graph time, or with the L2 cache flushed where there is none."""
     peers = {}
     for path in paths:
         with open(path) as f:
-            for row in json.load(f)["rows"]:
+            doc = json.load(f)
+            for row in doc["rows"]:
                 if "ms" in row:
                     mode = peers.setdefault((row["op"], tuple(row["shape"])), {})
-                    mode[row["mode"]] = row.get("graph_ms", row["ms"])
+                    mode[row["mode"]] = {"device": doc["device"], "kernel_ms": row.get("graph_ms", row["ms"])}
     return peers
 
 
 def _pair(modes, key, digits, unit=1):
-    return " / ".join(f"{unit * modes[m][key]:.{digits}f}" for m in MODES if m in modes)
+    return " / ".join(f"{unit * modes[m][key]:.{digits}f}" for m in MODES if key in modes.get(m, ()))
 
 
 def _against(own, peers, names, shape):
-    """'fla 0.518 / 2.009: 2.2x / 2.3x' for each peer timed at the shape: how many times its time is ours."""
+    """'fla 0.518 / 2.009: 2.2x / 2.3x' for each peer timed at the shape: how many times its time is ours.
+
+    No such ratio where the peer ran on another GPU model, which is named instead.
+    """
     cells = []
     for name in names:
         if theirs := peers.get((name, shape)):
             both = [m for m in MODES if m in theirs and m in own]
-            times = " / ".join(f"{theirs[m]:.3f}" for m in both)
-            ratios = " / ".join(f"{theirs[m] / own[m]['kernel_ms']:.1f}x" for m in both)
-            cells.append(f"{PEER_NAMES.get(name, 'fla ' + name)} {times}: {ratios}")
+            cell = f"{PEER_NAMES.get(name, 'fla ' + name)} {_pair(theirs, 'kernel_ms', 3)}"
+            if all(theirs[m]["device"] == own[m]["device"] for m in both):
+                cell += ": " + " / ".join(f"{theirs[m]['kernel_ms'] / own[m]['kernel_ms']:.1f}x" for m in both)
+            else:
+                cell += f" ({theirs[both[0]]['device'].split()[1]})"
+            cells.append(cell)
     return "; ".join(cells)
 
 

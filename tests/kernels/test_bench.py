@@ -65,15 +65,20 @@ def test_gpu_tables_from_files(tmp_path, capsys):
             row | dict(implementation="pallas_gpu", mode="fwdbwd", kernel_ms=0.8),
             row | dict(implementation="xla", mode="fwd", kernel_ms=4.0),
             dict(family="KDA", shape=[8, 2048, 16, 128], implementation="pallas_gpu", failed="out of memory")]
-    files = [tmp_path / name for name in ("old.json", "new.json", "peers.json", "page.md")]
+    files = [tmp_path / name for name in ("old.json", "new.json", "peers.json", "page.md", "others.json")]
     limits = dict(device="H100", matmul_tflops=700.0, copy_gbs=2900.0)
     files[0].write_text(json.dumps(limits | {"rows": rows}))
     files[1].write_text(json.dumps(limits | {"rows": [rows[0] | dict(kernel_ms=0.1)]}))  # measured again
-    files[2].write_text(json.dumps({"rows": [dict(op="gdn_flashqla", shape=row["shape"], mode="fwd", ms=0.195)]}))
+    peer = dict(shape=row["shape"], mode="fwd")
+    peers = [dict(op="gdn_flashqla", ms=0.195) | peer, dict(op="gated_delta_rule", ms=0.6, graph_ms=0.5) | peer]
+    files[2].write_text(json.dumps(dict(device="H100", rows=peers[:1])))
+    files[4].write_text(json.dumps(dict(device="NVIDIA B200", rows=peers[1:])))
     files[3].write_text("text\n<!-- kernels: full -->\nold\n<!-- kernels: end -->\nrest\n")
-    bench_table.main(["--rows", *map(str, files[:2]), "--peers", str(files[2]), "--write", str(files[3])])
+    bench_table.main(["--rows", *map(str, files[:2]), "--peers", str(files[2]), str(files[4]),
+                      "--write", str(files[3])])
     page = files[3].read_text()
-    assert "| Gated DeltaNet | 8, 2048, 16, 128 | 0.100 / 0.800 |" in page and "FlashQLA 0.195: 1.9x |" in page
+    assert "| Gated DeltaNet | 8, 2048, 16, 128 | 0.100 / 0.800 |" in page
+    assert "fla gated_delta_rule 0.500 (B200); FlashQLA 0.195: 1.9x |" in page  # no ratio across GPU models
     assert "4.00 |" in page and "old" not in page and "KDA" not in page and page.endswith("end -->\nrest\n")
 
 
