@@ -31,6 +31,7 @@ from pallas_kernels.gpu.tiles import (
     products,
     rows,
     tile,
+    two_parts,
     unit_lower_inverse,
 )
 from pallas_kernels.gpu.walk import walk_chunks
@@ -106,9 +107,9 @@ def chunk_weights(q, k, a, b, g, segments=None, *, scale, gradient, interpret=No
 
     Args: q, k, a, b [B, T, H, K] bf16, g [B, T, H, K] natural log decays; T a multiple of 64, K 64 or 128. segments:
       [B, N, 2, 64] int32 or None, see `Segments`. gradient: also make what only the backward pass needs.
-    Returns: dict with x, a, k, y [B, T, H, K], qk, ak, n [B, H, N, 64, 64] in bf16, total [B, H, N, K] float32 = log2
-      decay of each chunk, and with `gradient` t = T. Where segments start, x, a, k and y are zero for tokens that do
-      not reach the states at the ends of the chunk.
+    Returns: dict with q = x, a, k, y [B, T, H, K], qk, ak, n [B, H, N, 64, 64] in bf16, total [B, H, N, K] float32 =
+      log2 decay of each chunk, and with `gradient` t = T. Where segments start, q, a, k and y are zero for tokens that
+      do not reach the states at the ends of the chunk.
     """
     b_size, t_size, heads, k_size = q.shape
     chunks, n, dtype = t_size // CHUNK, k_size // BLOCK, q.dtype
@@ -362,10 +363,7 @@ def chunk_gradients(q, k, a, b, v, u, do, de, g, entering, leaving, keep=None, s
         for name, ref in (("dq", q_tile), ("da", a_tile), ("dk", k_tile), ("db", b_tile)):
             plgpu.copy_smem_to_gmem(ref, gmem[name].at[batch, here, head, mine])
         high, low, strict, prefix = (tiles[name][0] for name in values)  # all spent
-        total = reach + erased
-        rounded = total.astype(dtype)
-        high[...] = rounded  # terms cancel: 16 bits of them
-        low[...] = (total - rounded.astype(jnp.float32)).astype(dtype)
+        high[...], low[...] = two_parts(reach + erased, dtype)  # terms cancel: 16 bits of them
         strict[...] = jnp.where(row > col, 1.0, 0.0).astype(dtype)
         prefix[...] = written
         plgpu.commit_smem()
