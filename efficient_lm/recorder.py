@@ -128,30 +128,41 @@ class Recorder:
 
 
 class Stopwatch:
-    """Time per step from the moments at which calls are known to be done; pauses and the first call don't count."""
+    """Time per step from the moments at which calls are known to be done; pauses and the first call don't count.
+
+    Where dispatching a call waits for its end (loops on GPUs), the first call after a pause is read one call late and
+    the last one before the next pause at once. So these two share their time.
+    """
 
     def __init__(self):
-        self.step_seconds: list[float] = []
         self.steps, self.active = 0, 0.0
+        self._calls: list[tuple[int, float]] = []  # steps and seconds
+        self._begin: int | None = None  # first of `_calls` since the last pause
         self._last = None
 
     def done(self, n: int) -> None:
         """A call of n steps is done."""
         now = time.perf_counter()
         if self._last is not None:
-            self.step_seconds.append((now - self._last) / n)
+            self._calls.append((n, now - self._last))
             self.steps += n
             self.active += now - self._last
         self._last = now
 
     def restart(self) -> None:
         """After a pause (evaluation, checkpoint)."""
-        if self._last is not None:
-            self._last = time.perf_counter()
+        if self._last is None:
+            return
+        if self._begin is not None and self._begin < len(self._calls):
+            (first, a), (last, b) = self._calls[self._begin], self._calls[-1]
+            mean = (a + b) / (first + last)
+            self._calls[self._begin], self._calls[-1] = (first, first * mean), (last, last * mean)
+        self._begin = len(self._calls)
+        self._last = time.perf_counter()
 
     def median(self) -> float | None:
         """Seconds per step, or None when only the compiling call ran."""
-        times = sorted(self.step_seconds)
+        times = sorted(seconds / n for n, seconds in self._calls)
         return times[len(times) // 2] if times else None
 
 

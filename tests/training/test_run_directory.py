@@ -8,6 +8,7 @@ import pytest
 
 from efficient_lm import checkpoint, metrics, train
 from efficient_lm.config import run_id
+from efficient_lm.recorder import Stopwatch
 from efficient_lm.schema import ConfigError, to_dict
 
 RUN_KEYS = """run_id name status reason sweep seed steps_done steps_total tokens params flops_per_token flops final_loss
@@ -83,6 +84,23 @@ def test_divergence_stops_the_run_and_keeps_its_rows(small, train_one, tmp_path)
     # No checkpoint was written after the bad step.
     assert max(checkpoint.steps(tmp_path / "run" / "ckpt")) < info["steps_done"]
     assert train_one(cfg, tmp_path / "run") == info
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_step_time_does_not_depend_on_how_calls_are_dispatched(waits, monkeypatch):
+    """Pauses after every two calls of 10 steps, 0.1 s a step. Where dispatch waits, a call ends before it is read."""
+    clock = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: clock)
+    watch = Stopwatch()
+    for pause in range(4):
+        clock += 1.0 if waits else 0.0
+        clock += 1.0 + (30.0 if pause == 0 else 0.0)  # compiling
+        watch.done(10)
+        clock += 0.0 if waits else 1.0
+        watch.done(10)
+        clock += 7.0
+        watch.restart()
+    assert watch.median() == pytest.approx(0.1)
 
 
 def test_a_last_update_that_breaks_the_model_is_divergence(small, train_one, tmp_path):
