@@ -25,3 +25,11 @@ def few_memory_maps():
     yield
     if MEMORY_MAPS.exists() and len(MEMORY_MAPS.read_bytes().splitlines()) > MANY:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """For modules where compiling for a CPU takes most of the time: about a third less of it."""
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -12,6 +12,8 @@ from efficient_lm.config import MeshConfig, from_dict
 from efficient_lm.layers import layer_specs, logits_product
 from efficient_lm.model import LM
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 VOCAB, T = 24, 20
 
 

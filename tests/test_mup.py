@@ -13,6 +13,8 @@ from efficient_lm.mixers import MIXERS
 from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Above the widths at which random parts, which fall as 1/width, still add to the change.
 WIDTHS, STEPS = (256, 1024), 3
 # The last hidden states have no such part: their change is flat from narrow models on.

@@ -10,6 +10,8 @@ import pytest
 from pallas_kernels.xla import common
 from tests.kernels.cases import FAMILIES, IMPLEMENTATIONS, MODES, Shape, cast, has_kernel, relative_error, segment_ids
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 CHUNK = 16
 # The others run the same kernels: their gates are broadcast, their steps spread over rows, before the kernel.
