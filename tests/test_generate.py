@@ -9,6 +9,8 @@ from efficient_lm.config import from_dict
 from efficient_lm.model import LM
 from efficient_lm.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 MODEL = {"d_model": 16, "n_layers": 2, "vocab_size": 256, "dtype": "float32", "pattern": ["gla", "attention"]}
 
 

@@ -14,6 +14,8 @@ from efficient_lm.layers import Context, Maker
 from efficient_lm.model import Part
 from efficient_lm.schema import ConfigError
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 D, B, T = 16, 3, 20
 SETTINGS = {
     "default": {},

@@ -13,6 +13,8 @@ from pallas_kernels.xla import attention as xla_attention
 from tests.kernels.cases import relative_error
 from tests.kernels.test_flops import executed
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 B, T, H, G, K, V = 2, 45, 4, 2, 8, 6
 CASES = {
     "plain": ((), {}),

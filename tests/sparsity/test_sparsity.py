@@ -17,6 +17,8 @@ from efficient_lm.sparsity.measure import Validation
 from efficient_lm.train import train
 from tests.training.conftest import small_config
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOKENS, CALIBRATION = 256, 128
 MODEL = {
     "model.n_layers": 3,
