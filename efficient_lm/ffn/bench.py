@@ -10,9 +10,7 @@ mixture. TFLOP/s count the rows that tokens chose, not padding. Medians of calls
 
 import argparse
 import json
-import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +27,9 @@ from efficient_lm.optim import make_optimizer
 from efficient_lm.schema import ConfigError, to_dict
 from efficient_lm.train import make_init, make_train_step
 from pallas_kernels import api
+from pallas_kernels.bench.timing import seconds
 
-
-def seconds(call, repeats: int = 5, queued: int = 4) -> float:
-    """Median time of `call()` over `repeats` rounds of `queued` calls; the first round, which compiles, apart."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(queued):
-            result = call()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / queued)
-    return statistics.median(times)
+LIMIT = 0.2  # seconds of timing a part
 
 
 def mixture(cfg) -> str:
@@ -79,7 +67,7 @@ def training(cfg, rows: int) -> dict:
         state, logged = step(state, batch, 1e-4)
         return logged
 
-    spent = seconds(call, repeats=3, queued=2)
+    spent = seconds(call, limit=3.0)
     rate, params = tokens.size / spent, count_params(cfg)
     flops = count_flops(cfg)["model_causal"] * rate
     peak = hardware.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
@@ -107,8 +95,8 @@ def both_ways(function, *args) -> dict:
     forward, backward = jax.jit(function), jax.jit(vjp)
     cotangent = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), jax.eval_shape(function, *args))
     return {
-        "forward_ms": 1e3 * seconds(lambda: forward(*args)),
-        "ms": 1e3 * seconds(lambda: backward(cotangent, *args)),
+        "forward_ms": 1e3 * seconds(forward, *args, limit=LIMIT),
+        "ms": 1e3 * seconds(backward, cotangent, *args, limit=LIMIT),
     }
 
 
@@ -151,7 +139,7 @@ def parts(cfg, rows: int) -> dict:
     flops = 6 * n * moe.top_k * d * moe.width(d) * (3 if moe.glu else 2)
     return {
         "router": both_ways(lambda x, router: route(x, router)[0], x, router),
-        "order": {"forward_ms": 1e3 * seconds(lambda: order(experts))},
+        "order": {"forward_ms": 1e3 * seconds(order, experts, limit=LIMIT)},
         "pack": both_ways(dispatch.scatter_tokens, x, slots, sources),
         "experts": alone | {"tflops": flops / alone["ms"] / 1e9},
         "products": products(moe, bank, packed, sizes),
@@ -178,7 +166,7 @@ def products(moe, bank, packed, sizes) -> dict:
         for args in ((packed, into, sizes), (hidden, (down,), sizes)):
             shape = jax.eval_shape(product, *args)
             args = (jnp.ones(shape.shape, shape.dtype), *args) if with_cotangent else args
-            total += 1e3 * seconds(lambda args=args: function(*args), queued=20)
+            total += 1e3 * seconds(function, *args, limit=LIMIT)
         flops = 2 * float(jnp.sum(sizes)) * down.shape[1] * down.shape[2] * (len(into) + 1)
         return {"ms": total, "tflops": flops / total / 1e9}
 
