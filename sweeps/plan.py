@@ -16,6 +16,8 @@ from sweeps.store import Store
 from sweeps.tables import table, totals
 from sweeps.timing import Budget, Calibration, parse_budget
 
+COLUMNS = ("run_id", "arch", "seed", "d_model", "n_layers", "steps", "tokens", "flops")  # of every cell, for --where
+
 
 @dataclass(frozen=True)
 class PlannedCell:
@@ -43,6 +45,18 @@ class PlannedCell:
     @property
     def arch(self) -> str:
         return str(self.axes.get("arch", "+".join(self.config.model.pattern)))
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def d_model(self) -> int:
+        return self.config.model.d_model
+
+    @property
+    def n_layers(self) -> int:
+        return self.config.model.n_layers
 
     @property
     def steps(self) -> int:
@@ -145,6 +159,22 @@ def plan_within(spec: str, overrides, budget: Budget, calibration: Calibration, 
     return best
 
 
+def choose(plan: Plan, where: str) -> None:
+    """Keeps the cells that satisfy a pandas query over COLUMNS and their axes. Raises ConfigError."""
+    import pandas as pd  # slow to import
+
+    cells = pd.DataFrame([{name: getattr(cell, name) for name in COLUMNS} | cell.axes for cell in plan.cells])
+    try:
+        wanted = cells.eval(where).astype(bool)
+    except Exception as error:  # pandas raises many kinds
+        raise ConfigError(f"where = {where!r}: not a query over {', '.join(cells)} ({error})") from None
+    if not wanted.any():
+        raise ConfigError(f"where = {where!r}: no cell of {plan.config} satisfies it")
+    if not wanted.all():
+        plan.dropped.append(f"{(~wanted).sum()} of {len(cells)} cells: not {where}")
+    plan.cells = [cell for cell, keep in zip(plan.cells, wanted, strict=True) if keep]
+
+
 def _drop_dearest(plan: Plan, budget: Budget, workers: int) -> Plan:
     """Keeps whole compute budgets, cheapest first (single cells where there is no such axis), while they fit."""
     groups = {}
@@ -203,6 +233,7 @@ def _short(value) -> str:
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that `plan` and `launch` share."""
     parser.add_argument("--config", required=True, help="sweep file with get_sweep(), as path.py or path.py:argument")
+    parser.add_argument("--where", metavar="QUERY", help="""only these cells, e.g. "seed == 2 and arch != 'relu'" """)
     parser.add_argument("--budget", help="'2 gpu-hours', '20 minutes', '1e18 flops': the largest plan that fits")
     parser.add_argument("--workers", type=int, help="runs at a time (default: one per accelerator, else per core)")
     parser.add_argument("--calibrate", action="store_true", help="time a few steps of each architecture first")
@@ -216,8 +247,12 @@ def plan_from_arguments(args, overrides, store: Store | None) -> Plan:
         raise ConfigError(f"workers = {args.workers}: must be at least 1")
     if args.tokens_per_second is not None and not args.tokens_per_second > 0:
         raise ConfigError(f"tokens-per-second = {args.tokens_per_second}: must be positive")
+    if args.where and args.budget:
+        raise ConfigError(f"where = {args.where!r}: can't be combined with --budget, which chooses the cells itself")
     budget = parse_budget(args.budget) if args.budget else None
     plan = make_plan(args.config, overrides)
+    if args.where:
+        choose(plan, args.where)
     calibration = Calibration.read(args.calibration)
     if args.calibrate:
         with _on_cores_of_a_worker(default_workers(args.workers)):

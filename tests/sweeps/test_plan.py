@@ -203,6 +203,36 @@ def test_budget_drops_the_dearest_group_of_fixed_budgets(sweep_file):
         plan_within(sweep_file(body), {}, parse_budget("1 hour"), Calibration(), workers=1)
 
 
+WHERE = """
+    from sweeps.combine import axis, product
+    def get_sweep():
+        return product(axis("model.d_model", (16, 32), label="width"), axis("seed", (0, 1, 2)))
+"""
+
+
+def test_where_keeps_the_runs_it_selects_and_says_what_it_left_out(sweep_file):
+    path = sweep_file(WHERE)
+    whole, part = make_plan(path), make_plan(path)
+    planning.choose(part, "seed == 2 and width < 32 or d_model == 32 and seed == 0")
+    assert [c.run_id for c in part.cells] == [whole.cells[i].run_id for i in (2, 3)]
+    assert len(part.dropped) == 1 and part.dropped[0].startswith("4 of 6 cells")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--where", "seed == 9"], "where = 'seed == 9': no cell of"),
+        (["--where", "size == 1"], "where = 'size == 1': not a query over run_id, arch, seed"),
+        (["--where", "seed +"], "where = 'seed +': not a query"),
+        (["--where", "seed == 1", "--budget", "1e18 flops"], "can't be combined with --budget"),
+    ],
+)
+def test_bad_where(sweep_file, arguments, message, capsys):
+    assert planning.main(["--config", sweep_file(WHERE), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_prediction_interpolates_measured_steps(sweep_file):
     plan = make_plan(sweep_file(LADDER_FILE))
     cell = plan.cells[0]
