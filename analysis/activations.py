@@ -9,6 +9,7 @@ run has a stage, the rates are chosen on the runs that are compared. Differences
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from analysis.load import DataError, load_curves, load_runs
 def load(paths) -> pd.DataFrame:
     """Runs of stores (`load_runs` without other accountings) and of files that `--save` wrote, whatever their status.
 
-    A run that is in several of them counts once, as it is where it came furthest.
+    A run that is in several of them counts once, as it is where it came furthest, or else in the last. `code` is the
+    hash of the sources that trained it.
     """
     frame = pd.concat([_load(Path(path)) for path in paths], ignore_index=True)
     steps = frame["steps_done"].fillna(0) if "steps_done" in frame else 0
@@ -34,8 +36,18 @@ def load(paths) -> pd.DataFrame:
 def _load(path: Path) -> pd.DataFrame:
     if path.is_dir():
         frame = load_runs(path, n="nonemb")
-        return frame.drop(columns=[name for name in frame if name.startswith(("N_", "C_"))])
+        frame = frame.drop(columns=[name for name in frame if name.startswith(("N_", "C_"))])
+        return frame.join(pd.DataFrame([_made_by(path / run) for run in frame["run_id"]], columns=["device", "code"]))
     return read_rows(path)
+
+
+def _made_by(directory: Path) -> tuple[str | None, str | None]:
+    """(device, hash of the sources) of a run."""
+    try:
+        run = json.loads((directory / "run.json").read_text())
+    except (OSError, ValueError):  # never started, or killed before the first write
+        return None, None
+    return (run.get("hardware") or {}).get("device_kind"), run.get("code_hash")
 
 
 def read_rows(path) -> pd.DataFrame:

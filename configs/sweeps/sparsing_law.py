@@ -10,7 +10,7 @@ width/depths. Checkpoints are all kept; which of them are measured is an option 
 
 :cpu    three sizes up to 0.3M parameters in blocks, 0.6M tokens of the embedded text, three seeds; minutes on two cores
 :gpu    three sizes up to 2.5M, 41M tokens of prepared text, three seeds; 30 cells for one GPU
-:gpu,seed=0  the cells of one seed alone, so that a sweep that is cut short has whole seeds
+        (`--where "seed == 0"` first, where time may run out)
 """
 
 from ml_collections import ConfigDict
@@ -36,8 +36,8 @@ TRAIN = {
 }
 
 
-def get_config(arg="cpu"):
-    preset, _ = parse(arg)
+def get_config(preset="cpu"):
+    check(preset)
     values = {
         "model": {
             "parametrization": "mup", "base_width": 64, "dtype": "float32" if preset == "cpu" else "bfloat16",
@@ -53,9 +53,9 @@ def get_config(arg="cpu"):
     return ConfigDict(values)
 
 
-def get_sweep(arg="cpu"):
-    preset, seeds = parse(arg)
-    seeds = [Cell({"seed": seed}) for seed in seeds]
+def get_sweep(preset="cpu"):
+    check(preset)
+    seeds = [Cell({"seed": seed}) for seed in SEEDS]
     sizes = product(choices("arch", ACTIVATIONS), [shape(*size) for size in SIZES[preset]])
     line = product(choices("arch", {"relu": ACTIVATIONS["relu"]}), [shape(*size) for size in LINE[preset]])
     return product(seeds, chain(sizes, line))
@@ -67,11 +67,6 @@ def shape(width: int, layers: int) -> Cell:
     return Cell(settings, {"ratio": width / layers})
 
 
-def parse(arg: str) -> tuple[str, tuple[int, ...]]:
-    """(preset, seeds) of 'gpu' or 'gpu,seed=0'."""
-    preset, _, seed = arg.partition(",seed=")
+def check(preset):
     if preset not in TRAIN:
-        raise ConfigError(f"config = sparsing_law.py:{arg}: no such preset; {nearest(preset, TRAIN)}")
-    if seed and seed not in map(str, SEEDS):
-        raise ConfigError(f"config = sparsing_law.py:{arg}: seed must be one of {', '.join(map(str, SEEDS))}")
-    return preset, (int(seed),) if seed else SEEDS
+        raise ConfigError(f"config = sparsing_law.py:{preset}: no such preset; {nearest(preset, TRAIN)}")

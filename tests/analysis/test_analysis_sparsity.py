@@ -9,6 +9,7 @@ import pytest
 from analysis import activations, sparsity
 from analysis.laws import get_law
 from analysis.load import DataError
+from tests.analysis.synthetic_store import write_run
 
 RELU = {"alpha": 0.8, "b": -2.0, "c": 40.0, "A0": 0.08}
 SILU = {"alpha": 0.6, "c": 0.004, "A0": 0.42}
@@ -181,6 +182,16 @@ def test_a_run_in_several_files_counts_once_as_far_as_it_came(arms, tmp_path):
         merged = activations.load(order).set_index("run_id")
         assert len(merged) == 22 and merged.loc["r0", "status"] == "preempted"
         assert (merged["status"].drop("r0") == "done").all()
+
+
+def test_a_run_again_counts_as_in_the_last_store_and_says_what_made_it(tmp_path):
+    stores = [tmp_path / "before", tmp_path / "after"]
+    for store, loss in zip(stores, (1.5, 1.4), strict=True):
+        path = write_run(store, "r0", arch="gla", N=1e4, D=1e6, loss=loss, budget=1e11) / "run.json"
+        made = {"code_hash": store.name, "hardware": {"device_kind": "card"}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | made))
+    assert activations.load(stores).loc[0, ["loss", "code", "device"]].to_list() == [1.4, "after", "card"]
+    assert activations.load(stores[::-1]).loc[0, "code"] == "before"
 
 
 def test_training_losses_are_compared_at_the_same_batches(arms):

@@ -70,13 +70,6 @@ def test_sizes_have_one_width_over_depth_and_the_line_one_size(preset):
     assert all(cell.config.model.ffns["dense"].glu for cell in cells)
 
 
-def test_one_seed_can_be_had_alone():
-    cells, one = (make_plan(f"configs/sweeps/sparsing_law.py:gpu{part}").cells for part in ("", ",seed=1"))
-    assert {cell.run_id for cell in one} == {cell.run_id for cell in cells if cell.config.seed == 1}
-    with pytest.raises(ConfigError, match="seed must be one of 0, 1, 2"):
-        make_plan("configs/sweeps/sparsing_law.py:gpu,seed=7")
-
-
 def test_unknown_presets_are_refused():
     for name in ("polycom", "sparsing_law", "prosparse"):
         with pytest.raises(ConfigError, match="no such preset; .*allowed: cpu, gpu"):
