@@ -1,25 +1,23 @@
 """Times every family with a GPU kernel on the machine's GPU, beside XLA and the device's own limits, in one run.
 
   python -m pallas_kernels.gpu.bench_gpu --out analysis/results/kernels/h100.json
-  python -m pallas_kernels.gpu.bench_table --write        # tables of docs/kernels_gpu.md and README from that file
+  python -m pallas_kernels.gpu.bench_table --write docs/kernels_gpu.md README.md   # tables from that file
 
 A row is one family at one shape, forward or forward + backward (all gradients, gates included), bf16, fresh random
-inputs with gates as a model makes them (`bench_cases`). The file is written after every row, so that a run cut short
-keeps what it has; the rows that matter most come first: every family at (8, 2048, 16, 128), then at T = 16384, then
-XLA, then the other shapes, and last each family's errors against the float64 recurrence.
+inputs with gates as a model makes them (`bench_cases`). Processes compile side by side and hold what they compiled;
+once all are done, or --compile-seconds have passed, they run one task at a time on the quiet machine. The file is
+written after every task, so that a run cut short keeps what it has; what matters most comes first: every family at
+(8, 2048, 16, 128), then at T = 16384, the other shapes, each family's errors against the float64 recurrence, and XLA,
+which takes the most memory and so comes when other processes have ended.
 
 `kernel_ms`: calls queued back to back, so that launches hide behind the kernels before them. `ms`: the L2 cache flushed
 before each call, launch included (flush + call less flush alone). Medians. `floor_ms`: the larger of model FLOPs over
-the matmul rate and compulsory bytes over the copy rate, both measured at the start. `first_step_s`: tracing, compiling
-and the first call, beside the compilers of other rows.
-
-Processes compile side by side, since that takes far longer than timing, and take turns on the GPU. XLA does not tune
-itself, which would run kernels while others are timed.
+the matmul rate and compulsory bytes over the copy rate, both measured before the first row. `first_step_s`: tracing,
+compiling and the first call, beside the compilers of other rows.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import time
@@ -29,13 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench.timing import seconds
+from pallas_kernels.bench.turns import compile_all, run_all
 from pallas_kernels.gpu.bench_cases import FAMILIES, SHAPES, forward, forward_backward, make_inputs, work
 
 L2_FLUSH = 2**26  # float32 numbers: several times the cache
-SECONDS = 0.08  # of timing, per convention
+SECONDS = 0.15  # of timing, per convention
 CHECKED = {"grouped matmul": (1024, 4, 256, 256), "diagonal scan": (2, 1024, 2, 128)}  # shapes whose history fits
 CHECK_SHAPE = (1, 2048, 2, 128)  # long enough for T in pieces
 ERRORS = "errors"  # a task that times nothing
+# XLA does not tune its products, whose timings other tasks would disturb; untuned ones in Triton are slow.
+XLA_FLAGS = " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 def tasks(families, shapes):
@@ -48,12 +49,16 @@ def tasks(families, shapes):
     ]
     xla = [(name, own[name][0], "xla") for name in families if own[name]]
     checks = [(name, CHECKED.get(name, CHECK_SHAPE), ERRORS) for name in families]
-    return [*sum(ours[:2], []), *xla, *sum(ours[2:], []), *checks]
+    return [*sum(ours, []), *checks, *xla]
+
+
+@jax.jit
+def flush(buffer):
+    return buffer + 1
 
 
 def flushed_ms(f, arguments, buffer, repeats):
     """Milliseconds of a call whose inputs are not in the L2 cache, launch included."""
-    flush = jax.jit(lambda x: x + 1)
 
     def queue(with_call):
         start = time.perf_counter()
@@ -75,94 +80,94 @@ def ceilings():
     )
 
 
-def compiled(family, shape, implementation):
-    """(inputs, {mode: (executable, seconds)}, {mode: work}): nothing runs on the GPU."""
+def fresh():
+    return jax.random.key(time.time_ns() % 2**32)
+
+
+def timer(name, shape, implementation):
+    """Compiles; a function of the device's rates that times and gives the rows, one per mode."""
+    family = FAMILIES[name]
     arrays = jax.eval_shape(lambda: make_inputs(family, shape, jax.random.key(0)))
     run = forward(family, implementation)
     out = jax.eval_shape(run, arrays)
-    made = {}
+    inputs = jax.jit(lambda key: make_inputs(family, shape, key)).lower(jax.random.key(0)).compile()
+    made, todo = {}, work(family, shape, arrays, out)
     for mode, f, arguments in (
         ("fwd", run, (arrays,)),
         ("fwdbwd", forward_backward(family, implementation), (out, arrays)),
     ):
         start = time.perf_counter()
         made[mode] = jax.jit(f).lower(*arguments).compile(), time.perf_counter() - start
-    return (
-        jax.jit(lambda key: make_inputs(family, shape, key)).lower(jax.random.key(0)).compile(),
-        made,
-        work(family, shape, arrays, out),
-    )
+
+    def timed(rates):
+        buffer, rows = jnp.zeros(L2_FLUSH, jnp.float32), []
+        arrays = inputs(fresh())
+        cotangent = None
+        for mode, (f, compile_s) in made.items():
+            arguments = (arrays,) if cotangent is None else (cotangent, arrays)
+            start = time.perf_counter()
+            result = jax.block_until_ready(f(*arguments))
+            first_step = compile_s + time.perf_counter() - start
+            cotangent = result if cotangent is None else cotangent
+            spent = seconds(f, *arguments, limit=SECONDS)
+            flops, size = todo[mode]
+            floor = max(flops / rates[0], size / rates[1])
+            rows.append(
+                dict(
+                    family=name,
+                    implementation=implementation,
+                    shape=shape,
+                    mode=mode,
+                    kernel_ms=spent * 1e3,
+                    ms=flushed_ms(f, arguments, buffer, int(min(20, max(3, SECONDS / 8 / spent)))),
+                    floor_ms=floor * 1e3,
+                    of_floor=floor / spent,
+                    tflops=flops / spent / 1e12,
+                    gbs=size / spent / 1e9,
+                    first_step_s=first_step,
+                )
+            )
+        return rows
+
+    return timed
 
 
-def timed(name, shape, implementation, inputs, made, work, rates):
-    """Rows, one per mode."""
-    buffer = jnp.zeros(L2_FLUSH, jnp.float32)
-    arrays = inputs(jax.random.key(time.time_ns() % 2**32))
-    out = None
-    for mode, (f, compile_s) in made.items():
-        arguments = (arrays,) if out is None else (out, arrays)
-        start = time.perf_counter()
-        result = jax.block_until_ready(f(*arguments))
-        first_step = compile_s + time.perf_counter() - start
-        out = result if out is None else out
-        spent = seconds(f, *arguments, limit=SECONDS)
-        flops, size = work[mode]
-        floor = max(flops / rates[0], size / rates[1])
-        yield dict(
-            family=name,
-            implementation=implementation,
-            shape=shape,
-            mode=mode,
-            kernel_ms=spent * 1e3,
-            ms=flushed_ms(f, arguments, buffer, int(min(20, max(3, SECONDS / 4 / spent)))),
-            floor_ms=floor * 1e3,
-            of_floor=floor / spent,
-            tflops=flops / spent / 1e12,
-            gbs=size / spent / 1e9,
-            first_step_s=first_step,
-        )
-
-
-def checker(family, shape):
-    """Function that gives {"o" or "d" + argument: relative error in norm}, the reference in float64; compiles first."""
+def checker(name, shape, _):
+    """Compiles; a function that gives one row, relative errors in norm of "o" and "d" + argument, against float64."""
+    family = FAMILIES[name]
     arrays = jax.eval_shape(lambda: make_inputs(family, shape, jax.random.key(0)))
     do = jax.eval_shape(forward(family, "reference"), arrays)
+
+    def draw(key):
+        noise, key = jax.random.split(key)
+        return jax.random.normal(noise, do.shape, do.dtype), make_inputs(family, shape, key)
+
+    inputs = jax.jit(draw).lower(jax.random.key(0)).compile()
     ours = jax.jit(forward_backward(family, family.implementation)).lower(do, arrays).compile()
 
-    def run():
-        arrays = make_inputs(family, shape, jax.random.key(7))
-        cotangent = jax.random.normal(jax.random.key(8), do.shape, do.dtype)
-        got = ours(cotangent, arrays)
+    def wide(make):
+        """`make` for all arrays but integers."""
+        return lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else make(x)
+
+    with jax.enable_x64(True):
+        doubles = jax.tree.map(wide(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float64)), (do, arrays))
+        exact = jax.jit(forward_backward(family, "reference")).lower(*doubles).compile()
+
+    def checked(rates):
+        given = inputs(fresh())
+        got = ours(*given)
         with jax.enable_x64(True):
-            wide = jax.tree.map(
-                lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else jnp.asarray(np.asarray(x), jnp.float64),
-                (cotangent, arrays),
-            )
-            want = jax.jit(forward_backward(family, "reference"))(*wide)
+            want = exact(*jax.tree.map(wide(lambda x: np.asarray(x, np.float64)), given))
         pairs = {"o": (got[0], want[0])} | {f"d{name}": (got[1][name], want[1][name]) for name in got[1]}
         pairs = {name: [np.asarray(x, np.float64) for x in pair] for name, pair in pairs.items()}
-        return {name: float(np.linalg.norm(a - b) / np.linalg.norm(b)) for name, (a, b) in pairs.items()}
+        errors = {name: float(np.linalg.norm(a - b) / np.linalg.norm(b)) for name, (a, b) in pairs.items()}
+        return [dict(family=name, shape=shape, errors=errors)]
 
-    return run
+    return checked
 
 
-def serve(queue, rates, turn, results):
-    """One process: compiles a task, waits for its turn on the GPU, times it, and takes the next."""
-    while (task := queue.get()) is not None:
-        name, shape, implementation = task
-        family, row = FAMILIES[name], dict(family=name, shape=shape, implementation=implementation)
-        try:
-            if implementation == ERRORS:
-                run = checker(family, shape)
-                with turn:
-                    results.put((dict(family=name, shape=shape, errors=run()),))
-                continue
-            made = compiled(family, shape, implementation)
-            with turn:
-                results.put(tuple(timed(name, shape, implementation, *made, rates)))
-        except Exception as error:  # one failing kernel must not cost the other rows
-            results.put((row | {"failed": f"{type(error).__name__}: {str(error)[:300]}"},))
-    results.put(None)
+def prepared(task):
+    return (checker if task[2] == ERRORS else timer)(*task)
 
 
 def rounded(x):
@@ -193,6 +198,7 @@ def main(argv=None):
     parser.add_argument("--families", default=",".join(FAMILIES), help="comma list of: %(default)s")
     parser.add_argument("--shapes", default="0,1,2,3", help=f"comma list of indices into {SHAPES}")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() - 3), help="processes that compile")
+    parser.add_argument("--compile-seconds", type=float, default=150, help="begin to compile nothing after so long")
     args = parser.parse_args(argv)
     families = args.families.split(",")
     for name in families:
@@ -201,36 +207,36 @@ def main(argv=None):
     if not set(args.shapes.split(",")) <= set(map(str, range(len(SHAPES)))):
         parser.error(f"--shapes {args.shapes}: allowed are indices from 0 to {len(SHAPES) - 1}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the GPU's memory
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + XLA_FLAGS
     if jax.default_backend() != "gpu":
         parser.error(f"a GPU is needed, the default backend is {jax.default_backend()}")
-    start, rates = time.perf_counter(), ceilings()
+    start = time.perf_counter()
     doc = dict(
-        device=jax.devices()[0].device_kind,
-        jax=jax.__version__,
-        matmul_tflops=rates[0] / 1e12,
-        copy_gbs=rates[1] / 1e9,
-        rows=[],
+        device=jax.devices()[0].device_kind, date=time.strftime("%Y-%m-%d", time.gmtime()), jax=jax.__version__, rows=[]
     )
-    print(f"{doc['device']}: matmul {doc['matmul_tflops']:.0f} TFLOP/s, copy {doc['copy_gbs']:.0f} GB/s", flush=True)
-    todo = tasks(families, [SHAPES[int(i)] for i in args.shapes.split(",")])
-    context = multiprocessing.get_context("spawn")
-    queue, turn, results = context.Queue(), context.Lock(), context.Queue()
-    running = min(args.jobs, len(todo))
-    for task in todo + [None] * running:
-        queue.put(task)
-    for _ in range(running):
-        context.Process(target=serve, args=(queue, rates, turn, results)).start()
-    while running:
-        if (rows := results.get()) is None:
-            running -= 1
-            continue
+
+    def add(task, rows, error):
+        if error:
+            name, shape, implementation = task
+            rows = [dict(family=name, shape=shape, implementation=implementation, failed=error)]
         for row in rows:
             print(line(row), flush=True)
         doc["rows"] += rows
         doc["seconds"] = time.perf_counter() - start
         with open(args.out, "w") as f:
             json.dump(rounded(doc), f, indent=1)
+
+    todo = tasks(families, [SHAPES[int(i)] for i in args.shapes.split(",")])
+    holders, errors = compile_all(todo, prepared, min(args.jobs, len(todo)), args.compile_seconds)
+    doc["compile_s"] = time.perf_counter() - start
+    print(f"compiled {len(holders)} of {len(todo)} tasks in {doc['compile_s']:.0f} s", flush=True)
+    rates = ceilings()
+    doc |= dict(matmul_tflops=rates[0] / 1e12, copy_gbs=rates[1] / 1e9)
+    print(f"{doc['device']}: matmul {doc['matmul_tflops']:.0f} TFLOP/s, copy {doc['copy_gbs']:.0f} GB/s", flush=True)
+    for task, error in errors.items():
+        add(task, [], error)
+    for task, rows, error in run_all(todo, holders, rates):
+        add(task, rows, error)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""The benchmark's command line and table."""
+"""The benchmarks' command lines, tables and processes."""
 import json
+import os
+import time
 
 import jax
 import pytest
 
 from pallas_kernels.bench.__main__ import main
+from pallas_kernels.bench.turns import compile_all, run_all
 from pallas_kernels.gpu import bench_cases, bench_gpu, bench_table
 
 
@@ -38,9 +41,38 @@ def test_gpu_tasks_begin_with_every_family_at_the_first_shape():
     n = len(bench_cases.FAMILIES)
     assert [name for name, _, _ in tasks[:n]] == list(bench_cases.FAMILIES)
     assert {shape for _, shape, _ in tasks[:n]} == {bench_cases.SHAPES[0], bench_cases.GROUPED[0]}
-    assert len(set(tasks)) == len(tasks) and [t[2] for t in tasks[-n:]] == [bench_gpu.ERRORS] * n
+    assert len(set(tasks)) == len(tasks)
+    assert [t[2] for t in tasks[-2 * n:]] == [bench_gpu.ERRORS] * n + ["xla"] * n
     for name, family in bench_cases.FAMILIES.items():
         assert all((name, shape, family.implementation) in tasks for shape in family.shapes)
+
+
+def prepare(task):
+    """Stands in for compiling: gives a function of when the last task was compiled."""
+    if task == "bad":
+        raise ValueError("does not compile")
+    time.sleep(0.1)
+    return lambda scale: os._exit(1) if task == "crash" else (scale * task, time.time(), os.getpid())
+
+
+def test_tasks_compile_side_by_side_and_run_in_turns():
+    tasks = [1, "bad", 2, "crash", 3, 4]
+    holders, errors = compile_all(tasks, prepare, 2, limit=60)
+    compiled = time.time()
+    assert errors == {"bad": "ValueError: does not compile"} and set(holders) == set(tasks) - {"bad"}
+    shared = [task for task in tasks if task in holders and holders[task] is holders["crash"]]
+    rows = {task: (result, error) for task, result, error in run_all(tasks, holders, 10)}
+    assert list(rows) == [1, 2, "crash", 3, 4]
+    lost = {"crash", *shared[shared.index("crash"):]}
+    assert {task for task, (_, error) in rows.items() if error} == lost
+    results = [rows[task][0] for task in rows if task not in lost]
+    assert [r[0] for r in results] == [10 * task for task in rows if task not in lost]
+    times = [r[1] for r in results]
+    assert compiled < times[0] and times == sorted(times)
+
+
+def test_no_task_is_begun_after_the_limit():
+    assert compile_all([1, 2], prepare, 1, limit=0) == ({}, {})
 
 
 @pytest.mark.parametrize("name, forward, both", [  # GFLOP and MB of kernels.md's table: 262144 token-heads, D = 128
