@@ -9,9 +9,11 @@ of the run table (activation ratio, granularity 2 d_model / d_expert, shared rat
 dense FFN is as wide as the activated experts, three times the model.
 
 :cpu    two CPU cores; A from 1 to 9 % and two granularities, three budgets
-:gpu    one GPU for half an hour, bytes of prepared text, 160M of which are read 1.4 times at most. A from 3 to 60 % at
+:gpu    one GPU for half an hour, bytes of prepared text, 160M of which are read 1.5 times at most. A from 3 to 60 % at
         G = 2, G up to 8 at A = 9 and 33 %, with or without a shared expert; three budgets, a fourth for four of the
-        architectures and a fifth for dense models, so that they reach the losses of the others. The weights of a
+        architectures and a fifth for dense models, so that they reach the losses of the others. The learning rate is
+        0.7 / d_model and a step has 16384 tokens; the laws of :paper, fitted five decades higher, give 1.4 times that
+        rate and 5800 tokens at 3.2e13 FLOPs and width 96, and :gpu-lr has half and twice the rate. The weights of a
         token's experts sum to 1 here, and "-raw" is the published way: it leaves them at 2 / experts at first, which
         costs short runs (300 steps of 4096 tokens, width 48, 16 experts, CPU: 1.652 nats per byte instead of 1.621,
         dense 1.747; half and twice the learning rate 1.668 and 1.740, dense 1.773 and 1.764, one seed each). 27 minutes
@@ -34,12 +36,12 @@ from sweeps.rules import BATCH_RULES, LR_RULES, constant, inverse_width
 
 VARIANTS = ("cpu", "gpu", "gpu-seeds", "gpu-lr", "paper")
 
-# Compute budget: widths. From 3.2e14 on only the main architectures, and at 1e15 only dense models.
-GPU = {
-    1e13: (32, 48, 64, 96), 3.2e13: (48, 64, 96, 128), 1e14: (64, 96, 128, 192),
-    3.2e14: (96, 128, 192),
+# Compute budget: widths. The best mixtures are smaller than the best dense models. At 3.2e14 only the main ones.
+DENSE = {
+    1e13: (32, 48, 64, 96), 3.2e13: (48, 64, 96, 128), 1e14: (64, 96, 128, 192), 3.2e14: (96, 128, 192),
     1e15: (128, 192, 256),
 }  # fmt: skip
+SPARSE = {1e13: (24, 32, 48, 64), 3.2e13: (32, 48, 64, 96), 1e14: (48, 64, 96, 128), 3.2e14: (64, 96, 128)}
 SEEDS = {1e13: (48,), 3.2e13: (64,), 1e14: (64, 96), 3.2e14: (128,)}
 
 # Layers, width, largest budget (table of 2507.17702; its head counts beyond the first row are not given there).
@@ -114,19 +116,19 @@ def get_sweep(variant="cpu"):
             batch=constant(512),
         )
     if variant.startswith("gpu"):
-        main = archs(dense(), moe(8), moe(32), moe(96))
+        main = archs(moe(8), moe(32), moe(96))
         if variant == "gpu-lr":
             return [
                 cell | Cell(axes={"lr_factor": factor})
                 for factor in (0.5, 2.0)
-                for cell in gpu(main, {3.2e13: (96,)}, lr_factor=factor)
+                for cell in gpu(archs(dense()) | main, {3.2e13: (96,)}, lr_factor=factor)
             ]
         if variant == "gpu-seeds":
-            return gpu(main, SEEDS, seeds=3)
+            return gpu(archs(dense()) | main, SEEDS, seeds=3)
         others = [moe(4), moe(16), moe(32, granularity=4), moe(32, granularity=8), moe(8, granularity=8)]
-        every = main | archs(*others, moe(32, shared=0), moe(32, normalise=False))
-        few = {3.2e14: main, 1e15: archs(dense())}
-        return [cell for budget in GPU for cell in gpu(few.get(budget, every), {budget: GPU[budget]})]
+        others = archs(*others, moe(32, shared=0), moe(32, normalise=False))
+        cheap = {budget: SPARSE[budget] for budget in (1e13, 3.2e13, 1e14)}
+        return gpu(archs(dense()), DENSE) + gpu(main, SPARSE) + gpu(others, cheap)
     return IsoFlop(
         archs=archs(dense(), *(moe(experts) for experts in (2, 4, 8, 16, 32, 64, 128, 256)),
                     *(moe(64, granularity) for granularity in (4, 8, 16))),
