@@ -1,4 +1,4 @@
-"""What the GPU benchmark times: operator families with inputs as a model gives them, work, and public peers.
+"""What the GPU benchmark times: operator families with inputs as a model gives them, and their work.
 
 A family is one entry of `FAMILIES`; everything else follows from its arrays. Gates come as a model's layers make them:
 Mamba-2's and Gated DeltaNet's -A softplus(x + bias) with A in (0, 16) and softplus(bias) in (1e-3, 0.1), GLA's
@@ -124,7 +124,6 @@ class Family(NamedTuple):
     op: str  # operator of `pallas_kernels.api`
     make: Callable  # key, *shape -> arguments by name; float32 ones listed in FLOAT32 stay so, the rest turn bf16
     flops: Callable  # T, D -> forward and backward FLOPs per token and head
-    peers: tuple[str, ...]  # names in the peers' files
     implementation: str = "pallas_gpu"
     options: dict[str, Any] = {}
     shapes: tuple = SHAPES
@@ -132,25 +131,17 @@ class Family(NamedTuple):
 
 FLOAT32 = ("log_decay", "beta", "input_gate", "forget_gate")
 FAMILIES = {
-    "scalar decay per token": Family("linear_attention", _linear("token"), _linear_flops, ("simple_gla", "ssd_mamba")),
-    "constant decay": Family("linear_attention", _linear("head"), _linear_flops, ("lightning", "retention")),
-    "channel decay (GLA)": Family("linear_attention", _linear("channel"), _linear_flops, ("gla", "hgrn2")),
-    "DeltaNet": Family("delta_rule", _delta("none"), _delta_flops, ("delta_rule",)),
-    "Gated DeltaNet": Family("delta_rule", _delta("token"), _delta_flops, ("gated_delta_rule", "gdn_flashqla")),
-    "KDA": Family("delta_rule", _delta("bounded"), _delta_flops, ("kda_safe", "kda_cudnn")),
-    "DPLR (RWKV-7)": Family("dplr", _dplr, _dplr_flops, ("rwkv7",), options={"min_log_decay": RWKV_BOUND}),
-    "mLSTM (exponential gate)": Family("mlstm", _mlstm, _linear_flops, ("mlstm_exp_tfla",)),
-    "diagonal scan": Family(
-        "diagonal_scan", _diagonal, lambda t, d: (2 * d, 4 * d), ("hgrn_elementwise",), shapes=SHAPES[:2]
-    ),
-    "grouped matmul": Family("grouped_matmul", _grouped, None, (), shapes=GROUPED),
-    "causal attention": Family(
-        "attention",
-        _attention,
-        lambda t, d: (2 * t * d, 5 * t * d),
-        ("softmax_cudnn", "softmax_flash"),
-        implementation="cudnn",
-    ),
+    "scalar decay per token": Family("linear_attention", _linear("token"), _linear_flops),
+    "constant decay": Family("linear_attention", _linear("head"), _linear_flops),
+    "channel decay (GLA)": Family("linear_attention", _linear("channel"), _linear_flops),
+    "DeltaNet": Family("delta_rule", _delta("none"), _delta_flops),
+    "Gated DeltaNet": Family("delta_rule", _delta("token"), _delta_flops),
+    "KDA": Family("delta_rule", _delta("bounded"), _delta_flops),
+    "DPLR (RWKV-7)": Family("dplr", _dplr, _dplr_flops, options={"min_log_decay": RWKV_BOUND}),
+    "mLSTM (exponential gate)": Family("mlstm", _mlstm, _linear_flops),
+    "diagonal scan": Family("diagonal_scan", _diagonal, lambda t, d: (2 * d, 4 * d), shapes=SHAPES[:2]),
+    "grouped matmul": Family("grouped_matmul", _grouped, None, shapes=GROUPED),
+    "causal attention": Family("attention", _attention, lambda t, d: (2 * t * d, 5 * t * d), implementation="cudnn"),
 }
 
 

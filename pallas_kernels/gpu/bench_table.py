@@ -1,10 +1,14 @@
-"""Markdown tables from the rows of `bench_gpu`, beside recorded timings of public kernels.
+"""Markdown tables from the rows of `bench_gpu`, beside timings of public kernels.
 
   python -m pallas_kernels.gpu.bench_table                      # prints the full table and the short one
   python -m pallas_kernels.gpu.bench_table --write docs/kernels_gpu.md README.md
 
 `--write` puts the tables between the lines <!-- kernels: full --> (or short) and <!-- kernels: end --> of the files. A
-row of a later `--rows` file takes the place of an earlier one. A cell holds forward / forward + backward.
+row of a later `--rows` or `--peers` file takes the place of an earlier one. A cell holds forward / forward + backward.
+
+A file of `--peers` is {"device", "date", "rows": [{"family", "name", "shape", "mode", "kernel_ms", "ms"}]}: `family` as
+in `bench_cases`, `name` to print, `mode` fwd or fwdbwd, `kernel_ms` without launches (a CUDA graph) and `ms` with the
+L2 cache flushed, at least one of them; ours are set against the same one. Rows with a "failed" are left out.
 """
 
 import argparse
@@ -16,14 +20,6 @@ from pallas_kernels.gpu.bench_cases import FAMILIES
 
 ROWS = ("analysis/results/kernels/h200.json", "analysis/results/kernels/h200_delta_rule.json")
 PEERS = ("analysis/results/kernels/h100_peers.json",)
-PEER_NAMES = {
-    "gdn_flashqla": "FlashQLA",
-    "kda_cudnn": "cuDNN",
-    "mlstm_exp_tfla": "TFLA",
-    "ssd_mamba": "mamba_ssm",
-    "softmax_cudnn": "cuDNN from torch",
-    "softmax_flash": "FlashAttention-2",
-}  # the others are fla's
 MODES = ("fwd", "fwdbwd")
 
 
@@ -37,21 +33,28 @@ def read(paths):
             if "errors" in row:
                 errors[row["family"]] = row["errors"]
             elif "failed" not in row:
-                row["device"] = docs[-1]["device"]
+                row |= {"device": docs[-1]["device"], "date": docs[-1].get("date")}
                 rows.setdefault((row["family"], row["implementation"], tuple(row["shape"])), {})[row["mode"]] = row
     return docs, rows, errors
 
 
 def read_peers(paths):
-    """{(peer, shape): {mode: row}}; kernel_ms is CUDA-graph time, or with the L2 cache flushed where there is none."""
+    """{(family, shape): {name: {mode: row}}} of the files' rows; ValueError where a row cannot be placed."""
     peers = {}
     for path in paths:
         with open(path) as f:
             doc = json.load(f)
-            for row in doc["rows"]:
-                if "ms" in row:
-                    mode = peers.setdefault((row["op"], tuple(row["shape"])), {})
-                    mode[row["mode"]] = {"device": doc["device"], "kernel_ms": row.get("graph_ms", row["ms"])}
+        for i, row in enumerate(doc["rows"]):
+            if "failed" in row:
+                continue
+            if missing := [key for key in ("family", "name", "shape", "mode") if key not in row]:
+                raise ValueError(f"{path}: row {i} lacks {missing[0]}")
+            if row["family"] not in FAMILIES:
+                raise ValueError(f"{path}: row {i} has family {row['family']}: allowed are {', '.join(FAMILIES)}")
+            if row["mode"] not in MODES or not {"kernel_ms", "ms"} & set(row):
+                raise ValueError(f"{path}: row {i} needs mode {' or '.join(MODES)}, and kernel_ms or ms")
+            named = peers.setdefault((row["family"], tuple(row["shape"])), {})
+            named.setdefault(row["name"], {})[row["mode"]] = row | {"device": doc["device"], "date": doc.get("date")}
     return peers
 
 
@@ -59,21 +62,24 @@ def _pair(modes, key, digits, unit=1):
     return " / ".join(f"{unit * modes[m][key]:.{digits}f}" for m in MODES if key in modes.get(m, ()))
 
 
-def _against(own, peers, names, shape):
-    """'fla 0.518 / 2.009: 2.2x / 2.3x' for each peer timed at the shape: how many times its time is ours.
+def _against(own, peers):
+    """'fla 0.518 / 2.009: 2.2x / 2.3x' for each of {name: {mode: row}}: how many times its time is ours.
 
-    No such ratio where the peer ran on another GPU model, which is named instead.
+    'recorded' stands where it ran on the same GPU model on another day than ours; where it ran on another model, that
+    model instead of the ratio.
     """
     cells = []
-    for name in names:
-        if theirs := peers.get((name, shape)):
-            both = [m for m in MODES if m in theirs and m in own]
-            cell = f"{PEER_NAMES.get(name, 'fla ' + name)} {_pair(theirs, 'kernel_ms', 3)}"
-            if all(theirs[m]["device"] == own[m]["device"] for m in both):
-                cell += ": " + " / ".join(f"{theirs[m]['kernel_ms'] / own[m]['kernel_ms']:.1f}x" for m in both)
-            else:
-                cell += f" ({theirs[both[0]]['device'].split()[1]})"
-            cells.append(cell)
+    for name, theirs in peers.items():
+        key = "kernel_ms" if all("kernel_ms" in row for row in theirs.values()) else "ms"
+        both = [m for m in MODES if m in theirs and key in own.get(m, ())]
+        cell = f"{name} {_pair(theirs, key, 3)}" + (" flushed" if key == "ms" else "")
+        if other := [row["device"] for m, row in theirs.items() if m in own and row["device"] != own[m]["device"]]:
+            cell += f" ({other[0].split()[1]})"
+        elif both:
+            if any(theirs[m]["date"] is None or theirs[m]["date"] != own[m]["date"] for m in both):
+                cell += ", recorded"
+            cell += ": " + " / ".join(f"{theirs[m][key] / own[m][key]:.1f}x" for m in both)
+        cells.append(cell)
     return "; ".join(cells)
 
 
@@ -106,7 +112,7 @@ def full(rows, peers):
                     )
                 ]
                 xla = _pair(rows.get((name, "xla", shape), {}), "kernel_ms", 2)
-                cells = [name, ", ".join(map(str, shape)), *cells, xla, _against(own, peers, family.peers, shape)]
+                cells = [name, ", ".join(map(str, shape)), *cells, xla, _against(own, peers.get((name, shape), {}))]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -125,7 +131,7 @@ def short(rows, peers):
                 ", ".join(map(str, shape)),
                 _pair(own, "kernel_ms", 3),
                 _pair(own, "of_floor", 0, 100),
-                _against(own, peers, family.peers, shape),
+                _against(own, peers.get((name, shape), {})),
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -144,9 +150,7 @@ def main(argv=None):
         prog="pallas_kernels.gpu.bench_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="JSON", help="files of bench_gpu")
-    parser.add_argument(
-        "--peers", nargs="+", default=PEERS, metavar="JSON", help="timings of public kernels, as --rows"
-    )
+    parser.add_argument("--peers", nargs="+", default=PEERS, metavar="JSON", help="timings of public kernels")
     parser.add_argument("--write", nargs="+", metavar="FILE", help="put the tables into these Markdown files")
     args = parser.parse_args(argv)
     try:
@@ -154,6 +158,8 @@ def main(argv=None):
         peers = read_peers(args.peers)
     except FileNotFoundError as error:
         parser.error(f"{error.filename}: no such file")
+    except ValueError as error:
+        parser.error(str(error))
     limits = "; ".join(
         f"{doc['device']}: matmul {doc['matmul_tflops']:.0f} TFLOP/s, copy {doc['copy_gbs']:.0f} GB/s" for doc in docs
     )

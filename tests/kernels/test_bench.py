@@ -97,21 +97,40 @@ def test_gpu_tables_from_files(tmp_path, capsys):
             row | dict(implementation="pallas_gpu", mode="fwdbwd", kernel_ms=0.8),
             row | dict(implementation="xla", mode="fwd", kernel_ms=4.0),
             dict(family="KDA", shape=[8, 2048, 16, 128], implementation="pallas_gpu", failed="out of memory")]
-    files = [tmp_path / name for name in ("old.json", "new.json", "peers.json", "page.md", "others.json")]
-    limits = dict(device="H100", matmul_tflops=700.0, copy_gbs=2900.0)
+    files = [tmp_path / name for name in ("old.json", "new.json", "peers.json", "page.md", "same.json", "others.json")]
+    limits = dict(device="NVIDIA H100", date="2026-01-02", matmul_tflops=700.0, copy_gbs=2900.0)
     files[0].write_text(json.dumps(limits | {"rows": rows}))
     files[1].write_text(json.dumps(limits | {"rows": [rows[0] | dict(kernel_ms=0.1)]}))  # measured again
-    peer = dict(shape=row["shape"], mode="fwd")
-    peers = [dict(op="gdn_flashqla", ms=0.195) | peer, dict(op="gated_delta_rule", ms=0.6, graph_ms=0.5) | peer]
-    files[2].write_text(json.dumps(dict(device="H100", rows=peers[:1])))
-    files[4].write_text(json.dumps(dict(device="NVIDIA B200", rows=peers[1:])))
+    peer = dict(family=row["family"], shape=row["shape"], mode="fwd")
+    peers = [peer | dict(name="FlashQLA", kernel_ms=0.25), peer | dict(name="fla", ms=0.6)]
+    other = peer | dict(name="cuDNN", ms=1.0)
+    files[2].write_text(json.dumps(dict(device="NVIDIA H100", rows=peers)))
+    files[4].write_text(json.dumps(dict(device="NVIDIA H100", date="2026-01-02", rows=[
+        peers[0] | dict(kernel_ms=0.19), peers[0] | dict(mode="fwdbwd", kernel_ms=0.72),
+        dict(name="TFLA", failed="no")])))
+    files[5].write_text(json.dumps(dict(device="NVIDIA B200", date="2026-01-02", rows=[other])))
     files[3].write_text("text\n<!-- kernels: full -->\nold\n<!-- kernels: end -->\nrest\n")
-    bench_table.main(["--rows", *map(str, files[:2]), "--peers", str(files[2]), str(files[4]),
-                      "--write", str(files[3])])
+    peers = [str(files[i]) for i in (2, 4, 5)]
+    bench_table.main(["--rows", *map(str, files[:2]), "--peers", *peers, "--write", str(files[3])])
     page = files[3].read_text()
     assert "| Gated DeltaNet | 8, 2048, 16, 128 | 0.100 / 0.800 |" in page
-    assert "fla gated_delta_rule 0.500 (B200); FlashQLA 0.195: 1.9x |" in page  # no ratio across GPU models
+    assert ("| FlashQLA 0.190 / 0.720: 1.9x / 0.9x; fla 0.600 flushed, recorded: 2.0x; cuDNN 1.000 flushed (B200) |"
+            in page)
     assert "4.00 |" in page and "old" not in page and "KDA" not in page and page.endswith("end -->\nrest\n")
+
+
+@pytest.mark.parametrize("row, message", [
+    (dict(family="GLA"), "row 0 lacks name"),
+    (dict(family="GLA", name="fla", shape=[1], mode="fwd", ms=1), "family GLA: allowed are scalar decay per token"),
+    (dict(family="KDA", name="fla", shape=[1], mode="bwd", ms=1), "mode fwd or fwdbwd"),
+    (dict(family="KDA", name="fla", shape=[1], mode="fwd"), "kernel_ms or ms"),
+])
+def test_bad_peers_give_one_line(row, message, tmp_path, capsys):
+    path = tmp_path / "peers.json"
+    path.write_text(json.dumps(dict(device="H100", rows=[row])))
+    with pytest.raises(SystemExit) as error:
+        bench_table.main(["--peers", str(path)])
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, message", [
