@@ -3,7 +3,8 @@
     python -m analysis.leverage --dense runs/NAME --dense-where "arch == 'dense'" \\
         --variant runs/NAME --variant-where "arch == 'moe'" --columns "A=active/total,G=2*d_model/d_expert" --out el.csv
     python -m analysis.leverage --at A=0.031,G=12,C=1e22             # from the published law
-    python -m analysis.leverage --wanted 7 --at G=12,C=1e22          # the activation ratio for a leverage of 7
+    python -m analysis.leverage --wanted 7 --at C=1e22               # which A and G give a leverage of 7 there
+    python -m analysis.leverage --wanted 7 --at G=12,C=1e22          # only the activation ratio
 
 From runs: a power law L = k C^-gamma goes through the best dense run of each budget, and is inverted at the loss of
 each sparse run: EL = C_dense / C. A loss outside those of the dense runs is marked as extrapolated. The table that is
@@ -84,12 +85,12 @@ def text_table(rows: list[dict]) -> str:
 
 
 def published(at: dict[str, float], wanted: float | None) -> str:
-    """What the published joint law says at A, G, C, or which A (given G) or G (given A) reaches a wanted leverage."""
+    """What the published joint law says at A, G, C, or which of A and G, or both, reach a wanted leverage at C."""
     law = get_law("leverage")
     p, names = law.constants["ling"].values, {variable.name for variable in law.variables}
     need = names if wanted is None else {"C"}
-    if not need <= set(at) or not set(at) <= names or (wanted is not None and len(at) != 2):
-        kind = "A, G and C" if wanted is None else "C and one of A and G"
+    if not need <= set(at) or not set(at) <= names or (wanted is not None and len(at) > 2):
+        kind = "A, G and C" if wanted is None else "C and at most one of A and G"
         raise ValueError(
             f"--at {','.join(at)}: give {kind}, e.g. --at {'A=0.031,' if wanted is None else ''}G=12,C=1e22"
         )
@@ -98,9 +99,14 @@ def published(at: dict[str, float], wanted: float | None) -> str:
             variable.check(at[variable.name], law.name)
     if wanted is None:
         return f"EL = {float(law.evaluate(p, **at)):.3g}"
-    if "G" in at:
-        A = float(efficiency_leverage.activation_ratio(p, wanted, at["G"], at["C"]))
-        return f"no activation ratio gives EL {wanted:g}" if np.isnan(A) else f"A = {A:.3g}"
+    if "A" not in at:
+        best, lines = law.derived(p)["G_opt"], []
+        for G in [at["G"]] if "G" in at else sorted([2.0, 4.0, 8.0, best, 16.0]):
+            A = float(efficiency_leverage.activation_ratio(p, wanted, G, at["C"]))
+            found = f"no activation ratio gives EL {wanted:g}" if np.isnan(A) else f"A = {A:.3g}"
+            note = "   the best granularity: most experts active" if G == best else ""
+            lines.append(found if "G" in at else f"G = {G:<5.3g} {found}{note}")
+        return "\n".join(lines)
     lo, hi = efficiency_leverage.granularities(p, wanted, at["A"], at["C"])
     return f"no granularity gives EL {wanted:g}" if np.isnan(lo) else f"G from {lo:.3g} to {hi:.3g} gives at least that"
 
@@ -119,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--out", metavar="EL.CSV", help="write the table, to be fitted by the laws leverage_*")
     out.add_argument("--at", metavar="A=,G=,C=", help="evaluate the published law there instead")
-    out.add_argument("--wanted", type=float, metavar="EL", help="with --at: the A or G that reaches this leverage")
+    out.add_argument("--wanted", type=float, metavar="EL", help="with --at: which A and G reach this leverage")
     cli.add_table_arguments(out)
     cli.add_fit_arguments(out)
     return out

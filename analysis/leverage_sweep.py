@@ -19,8 +19,10 @@ intervals of the laws know that one dense law is behind them.
 """
 
 import argparse
+import json
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -40,6 +42,7 @@ EDGES = {
     "large": "the largest size is the best",
     "few": "fewer than three sizes",
 }
+REDUNDANT = ["name", "reason", "steps_done", "N_nonemb_head", "C_model_causal"]  # of ended runs: arch, -, steps, N, C
 FLOORS = np.linspace(0.0, 0.99, 100)  # shares of the lowest loss
 
 
@@ -49,7 +52,7 @@ def gather(paths, **options) -> pd.DataFrame:
     Rows of one run_id whose losses agree in six decimals are one run. A run_id with another loss was run again and
     becomes "ID-2", "ID-3", ... Raises DataError where there is no column run_id.
     """
-    frame = pd.concat([read(path, **options)[0] for path in paths], ignore_index=True)
+    frame = pd.concat([_rows(path, **options) for path in paths], ignore_index=True)
     if not {"run_id", "loss"} <= set(frame):
         raise DataError("columns 'run_id' and 'loss' are needed to tell the runs of several sources apart")
     frame = frame[frame["loss"].notna()].dropna(axis=1, how="all")
@@ -57,6 +60,19 @@ def gather(paths, **options) -> pd.DataFrame:
     frame = frame[~pd.DataFrame({"run": frame["run_id"], "loss": frame["loss"].round(6)}).duplicated()]
     again = frame.groupby("run_id").cumcount() + 1
     return frame.assign(run_id=frame["run_id"].where(again == 1, frame["run_id"] + "-" + again.astype(str)))
+
+
+def _rows(path, **options) -> pd.DataFrame:
+    """The rows of `read`; those of the ended runs of a store with the hardware and the code that they ran on."""
+    frame = read(path, **options)[0]
+    if not Path(path).is_dir():
+        return frame
+    frame = frame[frame["loss"].notna()].drop(columns=REDUNDANT)
+    runs = [json.loads((Path(path) / run / "run.json").read_text()) for run in frame["run_id"]]
+    return frame.assign(
+        hardware=[(run.get("hardware") or {}).get("device_kind") for run in runs],
+        **{name: [run.get(name) for run in runs] for name in ("mean_step_seconds", "code_hash")},
+    )
 
 
 def average_repeats(rows: pd.DataFrame) -> pd.DataFrame:

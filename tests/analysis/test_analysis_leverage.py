@@ -73,6 +73,14 @@ def test_command_line(tmp_path, capsys):
                        "A = 0.031"), (["--wanted", "7", "--at", "A=0.031,C=1e22"], "G from 6.4 to 20.1")):  # fmt: skip
         assert cli.run(main, parser(), argv) == 0
         assert capsys.readouterr().out.startswith(text)
+    assert cli.run(main, parser(), ["--wanted", "7", "--at", "C=1e22"]) == 0
+    designs = [line.split() for line in capsys.readouterr().out.splitlines()]
+    ratio = {float(words[2]): float(words[5]) for words in designs}
+    assert max(ratio, key=ratio.get) == pytest.approx(2 ** (0.117 / 0.0334), rel=5e-3) and 2.0 in ratio
+    for G, A in ratio.items():
+        assert get_law("leverage").evaluate(get_law("leverage").constants["ling"].values, A=A, G=G, C=1e22) == (
+            pytest.approx(7.0, rel=0.02)
+        )
     for argv, text in (
         (["--at", "A=3.1,G=12,C=1e22"], "A must be within"),
         (["--at", "A=0.031"], "give A, G and C"),

@@ -1,6 +1,7 @@
 """Leverage and its laws from an IsoFLOP sweep whose truth is known, and their words."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -126,6 +127,18 @@ def test_rows_of_several_sources_are_kept_once(tmp_path):
     rows.drop(columns="run_id").to_csv(tmp_path / "b.csv", index=False)
     with pytest.raises(ValueError, match="'run_id' and 'loss' are needed"):
         gather([tmp_path / "b.csv"])
+
+
+def test_runs_of_a_store_say_what_they_ran_on(store, tmp_path):
+    copy, before = shutil.copytree(store, tmp_path / "store"), gather([store])
+    run = before["run_id"].iloc[0]
+    ran = {"hardware": {"device_kind": "abacus"}, "mean_step_seconds": 2.5, "code_hash": "c0de"}
+    path = copy / run / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ran))
+    rows = gather([copy]).set_index("run_id")
+    assert rows.index.tolist() == before["run_id"].tolist() and "reason" not in rows
+    assert rows["hardware"].dropna().to_dict() == {run: "abacus"}
+    assert rows.loc[run, ["mean_step_seconds", "code_hash"]].tolist() == [2.5, "c0de"]
 
 
 def test_figures_are_drawn():
