@@ -188,6 +188,16 @@ def test_balancing_by_bias_evens_loads_out():
     assert abs(float(jnp.sum(bias))) < 1e-4
 
 
+def test_temperature_divides_the_logits():
+    apply, params, _ = moe("switch")
+    plain, _, _ = moe("switch", temperature=1.0)
+    cooled = {name: value for name, value in params.items() if name != "temperature"}
+    cooled["router"] = params["router"] / params["temperature"]
+    x = x_of(10)
+    np.testing.assert_allclose(apply(params, x)[0], plain(cooled, x)[0], rtol=1e-5, atol=1e-6)
+    assert apply(params, x)[1]["router_entropy"] > apply(params | {"temperature": jnp.ones(())}, x)[1]["router_entropy"]
+
+
 def test_groups_limit_the_choice():
     _, _, cfg = moe("groups-bias")
     ranking = np.random.default_rng(2).random((50, 8)).astype(np.float32)
