@@ -11,9 +11,14 @@ import jax.numpy as jnp
 from pallas_kernels import steps
 from pallas_kernels.attention import attention  # noqa: F401
 
+SPAN = 128  # tokens at most whose states a gradient holds at once
+
 
 def _scan_tokens(step, arrays, state, segment_ids, fresh=None):
-    """Scan `step(*token_arrays, state) -> (o, state)` over axis 1; a segment starts from state `fresh` (default 0)."""
+    """Scan `step(*token_arrays, state) -> (o, state)` over axis 1; a segment starts from state `fresh` (default 0).
+
+    A gradient keeps the states between spans of tokens and makes those within a span once more.
+    """
     fresh = jax.tree.map(jnp.zeros_like, state) if fresh is None else fresh
     over_time = [jnp.moveaxis(x, 1, 0) for x in arrays]
     flags = None if segment_ids is None else steps.segment_starts(segment_ids).T
@@ -25,8 +30,14 @@ def _scan_tokens(step, arrays, state, segment_ids, fresh=None):
         o, state = step(*token, state)
         return state, o
 
-    state, o = jax.lax.scan(body, state, (over_time, flags))
-    return jnp.moveaxis(o, 0, 1), state
+    t_size = arrays[0].shape[1]
+    span = next((n for n in range(SPAN, SPAN // 4, -1) if t_size % n == 0), max(t_size, 1))
+    spans = jax.tree.map(lambda x: x.reshape(t_size // span, span, *x.shape[1:]), (over_time, flags))
+    run = functools.partial(jax.lax.scan, body)
+    if span < t_size:
+        run = jax.checkpoint(run, prevent_cse=False)
+    state, o = jax.lax.scan(run, state, spans)
+    return jnp.moveaxis(o.reshape(t_size, *o.shape[2:]), 0, 1), state
 
 
 def _initial(initial_state, q, v, *others, extra=0):
