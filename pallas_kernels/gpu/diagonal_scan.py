@@ -4,7 +4,8 @@ The bound is memory bandwidth, so every array is read or written once. A program
 of W pieces of L tokens, which the copy engine brings in several tiles ahead. Each thread scans a piece of neighbouring
 channels from a zero state in registers, folds the ends of the pieces before its own (in a fixed order, through shared
 memory) into the state that enters its piece, and adds that state under the decay since the start of the piece. So one
-pass over memory serves many channels and few: narrow blocks of channels (more programs) go with more pieces.
+pass over memory serves many channels and few: narrow blocks of channels (more programs) go with more pieces. Where
+programs are few, two warpgroups take turns: one scans its tile from zero while the other waits for the state before.
 
 Backward, with e_t = exp(log_decay_{t+1}) d_{t+1}: d_t = dh_t + e_t, dx = d, dlog_decay_t = e_{t-1} h_{t-1}, the same
 walk from the last token to the first.
@@ -35,6 +36,7 @@ class Config(NamedTuple):
     piece: int  # tokens of one thread; odd, so that the threads of a warp read different banks
     stages: int  # tiles of each input in flight
     vector: int  # neighbouring channels of one thread
+    warpgroups: int = 1  # that take tiles in turns: 1, or 2 with an even number of stages
 
 
 def supports(*, x, log_decay, **_):
@@ -173,7 +175,9 @@ class _Walk:
         return state
 
     def run(self, body, inputs, initial, outs):
-        """Launches body(smem tiles of a stage, out tiles, fold) for every tile.
+        """Launches body(smem tiles of a stage, out tiles, fold, leave) for every tile.
+
+        The body folds the decay and end of its pieces into the state that enters each, and leaves that after its tile.
 
         inputs maps a name to (array, shift in tokens: what lies outside the array reads as zero).
         Returns the arrays `outs` and the last state [B, D].
@@ -181,7 +185,7 @@ class _Walk:
         config, names = self.config, list(inputs)
         if initial is None:
             initial = jnp.zeros((self.batch, self.width), jnp.float32)
-        c, rows, pieces, stages = config.channels, self.rows, self.pieces, config.stages
+        c, rows, pieces, stages, turns = config.channels, self.rows, self.pieces, config.stages, config.warpgroups
         tile = lambda n, dtype: plgpu.SMEM((n, rows, c), dtype)  # noqa: E731
         carried = pieces if self.reverse else 0  # rows of the fold that hold the tile before, one of which is read
         carry = 0 if self.reverse else pieces - 1
@@ -196,8 +200,9 @@ class _Walk:
 
         def kernel(*refs):
             gmem = dict(zip((*names, "initial", *outs, "last"), refs, strict=False))
-            smem, full, ready = refs[len(gmem) :]
+            smem, full, carried_over = refs[len(gmem) :]
             batch, columns = lax.axis_index("batch"), pl.ds(lax.axis_index("block") * c, c)
+            mine = lax.axis_index("warpgroup")
 
             def fetch(k):
                 slot = lax.rem(k, jnp.int32(stages))
@@ -207,13 +212,22 @@ class _Walk:
 
             before = pl.ds(carried, pieces)
             for parity in range(2):
-                smem["decay"].at[parity, before][...] = self.full(0.0)
-            plgpu.copy_gmem_to_smem(gmem["initial"].at[batch, :, columns], smem["end"].at[0, before], ready)
-            for k in range(min(stages, self.tiles)):
-                fetch(jnp.int32(k))
-            plgpu.barrier_wait(ready)
 
-            def one(k, _):
+                @pl.when(mine == parity % turns)
+                def _(parity=parity):
+                    smem["decay"].at[parity, before][...] = self.full(0.0)
+
+            for k in range(min(stages, self.tiles)):
+
+                @pl.when(mine == k % turns)
+                def _(k=k):
+                    fetch(jnp.int32(k))
+                    if k == 0:
+                        end = smem["end"].at[0, before]
+                        plgpu.copy_gmem_to_smem(gmem["initial"].at[batch, :, columns], end, carried_over.at[0])
+
+            def one(turn, _):
+                k = turn * turns + mine
                 slot, parity = lax.rem(k, jnp.int32(stages)), lax.rem(k, jnp.int32(2))
                 plgpu.barrier_wait(full.at[slot])
 
@@ -221,13 +235,20 @@ class _Walk:
                     here = pl.ds(pieces - carried, pieces)
                     smem["decay"].at[parity, here][...] = decay
                     smem["end"].at[parity, here][...] = end
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the tile written two steps ago has left
+                    plgpu.wait_smem_to_gmem(2 // turns - 1, wait_read_only=True)  # the tile two before has left
                     plgpu.commit_smem()
+                    plgpu.barrier_wait(carried_over.at[parity])
                     return self.fold(smem["decay"].at[parity], smem["end"].at[parity])
 
+                def leave(state):
+                    smem["end"].at[1 - parity, before][...] = state
+
+                    @pl.when(k + 1 < self.tiles)
+                    def _():
+                        plgpu.barrier_arrive(carried_over.at[1 - parity])
+
                 tiles = {n: smem["in"][n].at[slot] for n in names}
-                last = body(tiles, {n: smem["out"][n].at[parity] for n in outs}, fold)
-                smem["end"].at[1 - parity, before][...] = last
+                body(tiles, {n: smem["out"][n].at[parity] for n in outs}, fold, leave)
                 plgpu.commit_smem()
                 for n in outs:
                     there = gmem[n].at[batch, pl.ds(self.start(k), rows), columns]
@@ -237,17 +258,27 @@ class _Walk:
                 def _():
                     fetch(k + stages)
 
-            lax.fori_loop(0, self.tiles, one, None)
-            plgpu.copy_smem_to_gmem(smem["end"].at[self.tiles % 2, before], gmem["last"].at[batch, :, columns])
+            lax.fori_loop(0, lax.div(self.tiles - mine + turns - 1, turns), one, None)
+
+            @pl.when(mine == (self.tiles - 1) % turns)
+            def _():
+                plgpu.copy_smem_to_gmem(smem["end"].at[self.tiles % 2, before], gmem["last"].at[batch, :, columns])
+
             plgpu.wait_smem_to_gmem(0)
 
         last = jax.ShapeDtypeStruct((self.batch, pieces, self.width), jnp.float32)
         *results, last = plgpu.kernel(
             kernel,
             out_type=(*outs.values(), last),
-            scratch_types=(scratch, plgpu.Barrier(num_arrivals=len(names), num_barriers=stages), plgpu.Barrier()),
+            scratch_types=(
+                scratch,
+                plgpu.Barrier(num_arrivals=len(names), num_barriers=stages),
+                plgpu.Barrier(num_barriers=2),
+            ),
             grid=(pl.cdiv(self.width, c), self.batch),
             grid_names=("block", "batch"),
+            num_threads=turns,
+            thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
             interpret=self.interpret,
         )(*(a for a, _ in inputs.values()), initial)
@@ -260,7 +291,7 @@ def forward_pass(x, log_decay, initial=None, config=None, interpret=None):
     walk = _Walk(x.shape, config, False, interpret)
     steps = range(config.piece)
 
-    def body(tiles, out, fold):
+    def body(tiles, out, fold, leave):
         h, product = [], []  # from a zero state; the decay since the start of the piece
         for i in steps:
             a = jnp.exp2(walk.read(tiles["log_decay"], i) * LOG2_E)
@@ -268,10 +299,9 @@ def forward_pass(x, log_decay, initial=None, config=None, interpret=None):
             h.append(a * h[-1] + u if h else u)
             product.append(a * product[-1] if product else a)
         state = fold(product[-1], h[-1])
+        leave(h[-1] + product[-1] * state)
         for i in steps:
-            y = h[i] + product[i] * state
-            walk.write(out["h"], i, y)
-        return y
+            walk.write(out["h"], i, h[i] + product[i] * state)
 
     inputs = {"x": (x, 0), "log_decay": (log_decay, 0)}
     return walk.run(body, inputs, initial, {"h": jax.ShapeDtypeStruct(x.shape, x.dtype)})
@@ -285,7 +315,7 @@ def backward_pass(log_decay, h, dh, dfinal, config=None, interpret=None):
     walk = _Walk(h.shape, config, True, interpret)
     steps = range(config.piece - 1, -1, -1)
 
-    def body(tiles, out, fold):
+    def body(tiles, out, fold, leave):
         e, product = {}, {}  # past token i: what the tokens of this piece give; the decay of what enters it
         for i in steps:
             a = jnp.exp2(walk.read(tiles["log_decay"], i) * LOG2_E)
@@ -293,11 +323,11 @@ def backward_pass(log_decay, h, dh, dfinal, config=None, interpret=None):
             e[i] = a * (d + e[i + 1]) if e else a * d
             product[i] = a * product[i + 1] if product else a
         entering = state = fold(product[0], e[0])
+        leave(e[0] + product[0] * state)
         for i in steps:
             walk.write(out["dx"], i, walk.read(tiles["dh"], i) + entering)
             entering = e[i] + product[i] * state
             walk.write(out["dlog_decay"], i, entering * walk.read(tiles["h"], i))
-        return entering
 
     # h one token earlier; the copy engine fills what lies before the array with zeros, the interpreter does not
     before = (jnp.pad(h, ((0, 0), (1, 0), (0, 0)))[:, :-1], 0) if interpret else (h, -1)

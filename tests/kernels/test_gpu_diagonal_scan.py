@@ -36,13 +36,19 @@ def errors(arrays, cotangents, **options):
 @as_written
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    "shape, x_dtype, decay_dtype", [((8, 1000, 2048), BF16, BF16), ((2, 1, 200), BF16, F32), ((1, 5000, 24), F32, F32)]
+    "shape, x_dtype, decay_dtype, config",
+    [
+        ((8, 1000, 2048), BF16, BF16, None),
+        ((2, 1, 200), BF16, F32, None),
+        ((1, 5000, 24), F32, F32, None),
+        ((1, 5000, 24), BF16, BF16, gpu.Config(16, 3, 2, 2, warpgroups=2)),
+    ],
 )
-def test_lowers_for_hopper(shape, x_dtype, decay_dtype):
-    """Values and gradients, in the configurations that the shapes choose."""
+def test_lowers_for_hopper(shape, x_dtype, decay_dtype, config):
+    """Values and gradients, in the configurations that the shapes choose or a given one."""
     x, log_decay = jax.ShapeDtypeStruct(shape, x_dtype), jax.ShapeDtypeStruct(shape, decay_dtype)
     cotangents = x, jax.ShapeDtypeStruct((shape[0], shape[2]), F32)
-    assert kernels_lowered(gpu.diagonal_scan, (x, log_decay, None), cotangents) >= 2
+    assert kernels_lowered(gpu.diagonal_scan, (x, log_decay, None), cotangents, config=config) >= 2
 
 
 @as_written
@@ -56,10 +62,12 @@ def test_interpreted_matches_the_reference(config, t, d):
 
 
 @as_written
-def test_interpreted_segments_have_no_race(capsys):
+@pytest.mark.parametrize("warpgroups", [1, 2])
+def test_interpreted_segments_have_no_race(warpgroups, capsys):
     ids = jnp.asarray([[1] * 12 + [2] * 13 + [0] * 5])
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    got = errors(*make(1, 30, 64), segment_ids=ids, config=gpu.Config(64, 3, 2, 2), interpret=interpret)
+    config = gpu.Config(64, 3, 2, 2, warpgroups)
+    got = errors(*make(1, 30, 64), segment_ids=ids, config=config, interpret=interpret)
     assert max(got) < 1e-6 and "RACE" not in capsys.readouterr().out
 
 
