@@ -56,9 +56,10 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, d=
       delta: float32 [B, H, N, 64], subtracted from all scores x_i . y_j of row i.
       norms: the weighted sums of the tokens before each chunk; with `floor` those of y, in eight bf16 parts
         [B, H, N, 8, K]; with `delta` those of z, float32 [B, H, N, V].
-      save_every: also write the state after every so many chunks, in the dtype of z (0 = never).
-    Returns: dict with o [B, T, H, V], r [B, H, V/64, T] (partial row sums), m [B, H, T] float32,
-      state [B, H, P or P-1, K, V], saved [B, H, N // save_every, K, V].
+      save_every: chunks of a span; without u, also write the state before every span, in the dtype of z (0 = never).
+    Returns: dict with o [B, T, H, V], m [B, H, T] float32, state [B, H, P or P-1, K, V], saved [B, H, M, K, V] for M
+      spans and, with u, r [B, H, V/64, T] (partial row sums) and entered [B, H, V/64, M, 64], the part of r that comes
+      through the state in the first chunk of every span.
     """
     b_size, t_size, heads, k_size = y.shape
     v_size, dtype = z.shape[-1], z.dtype
@@ -77,9 +78,10 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, d=
                     "s16": tile((n_wg, k_size, BLOCK), dtype)}
     if u is not None:
         outs["r"] = jax.ShapeDtypeStruct((b_size, heads, n_wg, t_size), jnp.float32)
+        outs["entered"] = jax.ShapeDtypeStruct((b_size, heads, n_wg, pl.cdiv(chunks, save_every), CHUNK), jnp.float32)
         scratch |= {"u": tile((stages, n_wg, CHUNK, BLOCK), dtype), "r": plgpu.SMEM((n_wg, CHUNK), jnp.float32)}
-    if save_every:
-        outs["saved"] = jax.ShapeDtypeStruct((b_size, heads, max(1, chunks // save_every), k_size, v_size), dtype)
+    elif save_every:
+        outs["saved"] = jax.ShapeDtypeStruct((b_size, heads, pl.cdiv(chunks, save_every), k_size, v_size), dtype)
     if c is not None:
         scratch["zs"] = tile((n_wg, CHUNK, BLOCK), dtype)
     vectors = list(present(c=c, d=d, floor=floor, delta=delta))
@@ -129,6 +131,11 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, d=
             def step(i, state):
                 slot, chunk = walk.slot(i), walk.chunk(i)
                 here = pl.ds(chunk * CHUNK, CHUNK)
+                if save_every and u is None:
+                    @pl.when(lax.rem(chunk, jnp.int32(save_every)) == 0)
+                    def _():
+                        span = lax.div(chunk, jnp.int32(save_every))
+                        gmem["saved"].at[batch, head, span, :, cols][...] = state.astype(dtype)
                 plgpu.barrier_wait(full.at[slot])
                 y_tile, z_tile = smem["y"].at[slot], smem["z"].at[slot, wg]
                 z_state, c_row, c_tile = z_tile, None, None
@@ -162,6 +169,13 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, d=
                     own, a = split_diagonal(a)
                 if c is not None:
                     o = o * rows(jnp.exp2(c_row), o.shape)
+                if u is not None:
+                    u_tile = plgpu.load(smem["u"].at[slot, wg], layout=WGMMA).astype(jnp.float32)
+
+                    @pl.when(lax.rem(chunk, jnp.int32(save_every)) == 0)
+                    def _():
+                        span = lax.div(chunk, jnp.int32(save_every))
+                        gmem["entered"].at[batch, head, wg, span][...] = scale * jnp.sum(o * u_tile, axis=1)
                 o, state = add_products((o, a.astype(dtype), z_tile), (state, y_tile.transpose(T_CONTRACT), z_state),
                                          interpret=interpret)
                 if floor is None:
@@ -169,13 +183,8 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, d=
                 else:
                     least = plgpu.load(smem["floor"].at[slot], layout=WGMMA.reduce(1))
                     o = o * rows(scale / jnp.maximum(jnp.abs(m), least), o.shape)
-                if save_every:
-                    @pl.when(lax.rem(chunk + 1, jnp.int32(save_every)) == 0)
-                    def _():
-                        saved = lax.div(chunk, jnp.int32(save_every))
-                        gmem["saved"].at[batch, head, saved, :, cols][...] = state.astype(dtype)
                 if u is not None:
-                    r = jnp.sum(o * plgpu.load(smem["u"].at[slot, wg], layout=WGMMA).astype(jnp.float32), axis=1)
+                    r = jnp.sum(o * u_tile, axis=1)
                     o = o + rows(own * scale, o.shape) * plgpu.load(z_tile, layout=WGMMA).astype(jnp.float32)
                 release(empty.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -217,11 +226,12 @@ def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, d=None
     dk, and each owns one block of 64 rows of R (the first owns all of it when K is 64); bf16 R is shared through SMEM.
 
     Args: as `decay_pass`, with d the exponents of q and do; init float32 [B, H, P, K, V] is R entering each piece from
-      its end; saved are the states S that the forward pass saved, or None; delta is subtracted from the scores
-      v_j . do_i of column i, norms float32 [B, H, N, K] are the sums of delta * q over the tokens behind each chunk.
+      its end; saved are the states S that the forward pass saved every `save_every` chunks, or None; delta is
+      subtracted from the scores v_j . do_i of column i, norms float32 [B, H, N, K] are the sums of delta * q over the
+      tokens behind each chunk.
     Returns: dict with dk, dv, state [B, H, P, K, V] and, where `saved` is given, r [B, H, T] = sum over K of k * dk but
-      for what a token gives to itself, and f [B, H, M, K], the sums over V of S * R at the saved places; where `delta`
-      is given, own and qk [B, H, T], whose product is what r lacks.
+      for what a token gives to itself, and f [B, H, M, K], the sums over V of S * R for what passes the first chunk of
+      every span; where `delta` is given, own and qk [B, H, T], whose product is what r lacks.
     """
     row_sums = saved is not None
     columns_as = "c" if d is None else "d"
@@ -290,13 +300,6 @@ def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, d=None
                     c_tile = smem[columns_as].at[slot]
                     c_row = plgpu.load(smem["c"].at[slot], layout=WGMMA.reduce(1))
                     d_row = c_row if d is None else plgpu.load(c_tile, layout=WGMMA.reduce(1))
-                if owns_state and row_sums:
-                    @pl.when(lax.rem(chunk + 1, jnp.int32(save_every)) == 0)
-                    def _():
-                        place = batch, head, lax.div(chunk, jnp.int32(save_every)), block
-                        s = plgpu.load(gmem["saved"].at[place], layout=WGMMA, optimized=False).astype(jnp.float32)
-                        # R rounded as in the products that make dk, whose row sums these must cancel
-                        gmem["f"].at[place][...] = jnp.sum(s * state.astype(dtype).astype(jnp.float32), axis=1)
                 if owns_state:
                     q_state = smem["q"].at[slot, :, block]
                     if c is not None:
@@ -306,6 +309,12 @@ def decay_pass_pair(q, k, v, do, c, total, init, saved, *, scale, pieces, d=None
                         q_state[...] = (qs * rows(jnp.exp2(tot - d_row), qs.shape)).astype(dtype)
                         plgpu.commit_smem()
                         state = state * jnp.exp2(tot)
+                if owns_state and row_sums:
+                    @pl.when(lax.rem(chunk, jnp.int32(save_every)) == 0)
+                    def _():
+                        place = batch, head, lax.div(chunk, jnp.int32(save_every)), block
+                        s = plgpu.load(gmem["saved"].at[place], layout=WGMMA, optimized=False).astype(jnp.float32)
+                        gmem["f"].at[place][...] = jnp.sum(s * state, axis=1)
                 plgpu.barrier_wait(written)
                 s16 = smem["s16"].transpose(T_CONTRACT) if transposed else smem["s16"]
                 a, o = products((smem[left].at[slot], smem[right].at[slot].transpose(T_CONTRACT)),

@@ -14,13 +14,13 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu import channel_decay
 from pallas_kernels.gpu.decay_pass import decay_pass, decay_pass_pair
-from pallas_kernels.gpu.gates import LOG2E, chunk_decays, pad_tokens, rounded, running_sum, token_decays
+from pallas_kernels.gpu.gates import LOG2E, chunk_decays, pad_tokens, running_sum, token_decays
 from pallas_kernels.gpu.head_parts import HeadParts
 from pallas_kernels.gpu.pieces import count_pieces, piece_states
 from pallas_kernels.gpu.tiles import CHUNK, not_hopper
 from pallas_kernels.steps import repeat_heads
 
-SAVE_EVERY = 4  # chunks between the states saved for the gradient of the gates
+SAVE_EVERY = 4  # chunks of a span, between the states saved for the gradient of the gates
 
 
 def supports(q, k, v, log_decay=None, *, chunk_size=None, **_):
@@ -82,18 +82,22 @@ def entering_states(y, z, c, total, init, *, pieces, reverse, interpret):
     return piece_states(local, total, init, pieces, reverse)
 
 
-def decay_gradient(r_q, r_k, inner):
-    """Gradient of log2 decays [B, H, T] from the row sums q . dq and k . dk without what tokens give to themselves.
+def decay_gradient(dq, dkv, scale, passed=0.0):
+    """Gradient of log2 decays [B, H, T] from the results of `decay_pass` (with u = q) and `decay_pass_pair`.
 
-    That of token t's natural log decay is <S, dS> before its span of saved chunks plus the sum of k . dk - q . dq over
-    the span's tokens before t: over a whole sequence rounding would add up. Counted from the start and not from the
-    end, nothing is large where decays make the gradient small, as <S, dS> after the last token would be.
+    That of token t's natural log decay is <S, dS> before its span of chunks plus the sum of k . dk - q . dq over the
+    span's tokens before t, without what tokens give to themselves: over a whole sequence rounding would add up. Counted
+    from the start and not from the end, nothing is large where decays make the gradient small, as <S, dS> after the
+    last token would be. <S, dS> before a span adds up what passes its first chunk and what that chunk's queries read,
+    the latter as it went into q . dq: where the first is small, what is left of the second must vanish.
 
-    Args: r_q, r_k [B, H, T]; inner [B, H, M] = <S, dS> before each of the M spans, the last of which may be cut short.
+    Args: passed [B, H, M], added to <S, R> of what passes the first chunk of each span.
     """
     def sum_before(x):
         return running_sum(jnp.pad(x[..., :-1], ((0, 0),) * (x.ndim - 1) + ((1, 0),)))
 
+    r_q, r_k = jnp.sum(dq["r"], axis=2), dkv["r"]
+    inner = scale * (jnp.sum(dkv["f"], axis=-1) + passed) + jnp.sum(dq["entered"], axis=(2, 4))
     b_size, heads, t_size = r_q.shape
     spans = inner.shape[-1]
     rows = jnp.pad(r_k - r_q, ((0, 0), (0, 0), (0, spans * SAVE_EVERY * CHUNK - t_size)))
@@ -101,18 +105,6 @@ def decay_gradient(r_q, r_k, inner):
     within = sum_before(rows)
     dg = within + (sum_before(within[..., -1] + rows[..., -1]) + inner[..., None])[..., None]
     return dg.reshape(b_size, heads, -1)[..., :t_size] / LOG2E
-
-
-def states_by_gradients(dkv, states, scale):
-    """<S, dS> [B, H, M] before each span of saved chunks from the results of `decay_pass_pair`, R = dS / scale.
-
-    Args: states [B, H, P, K, V] entering the pieces, or None. S is rounded as in the products that made dq.
-    """
-    t_size, start = dkv["r"].shape[-1], jnp.zeros(dkv["r"].shape[:2], jnp.float32)
-    if states is not None:
-        start = jnp.sum(rounded(states[:, :, 0]) * dkv["state"][:, :, 0], axis=(-1, -2))
-    spans = -(-t_size // (SAVE_EVERY * CHUNK))
-    return scale * jnp.concatenate([start[..., None], jnp.sum(dkv["f"], axis=-1)[..., :spans - 1]], axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -147,7 +139,7 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     c, total = chunk_decays(decay)
     transposed = None if states is None else states.swapaxes(-1, -2)
     dq = decay_pass(do, v, k, c, total, transposed, None if saved is None else q, scale=scale, reverse=False,
-                    pieces=pieces, stages=2, interpret=interpret)
+                    pieces=pieces, stages=2, save_every=SAVE_EVERY, interpret=interpret)
     if total is not None:
         c = total[..., None] - c
     unscaled = None if dfinal is None else dfinal / scale
@@ -156,8 +148,7 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
                           interpret=interpret)
     ddecay = None
     if saved is not None:
-        inner = states_by_gradients(dkv, states, scale)
-        ddecay = decay_gradient(jnp.sum(dq["r"], axis=2), dkv["r"], inner).swapaxes(1, 2)
+        ddecay = decay_gradient(dq, dkv, scale).swapaxes(1, 2)
     return dq["o"], dkv["dk"], dkv["dv"], ddecay, None if has_init is None else dkv["state"][:, :, 0] * scale
 
 

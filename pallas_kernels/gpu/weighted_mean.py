@@ -90,7 +90,8 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     delta = jnp.where(jnp.abs(m) > floor, jnp.sign(m) * row_dots(do, o, interpret=interpret), 0.0)
     c_out = c - jnp.log2(jnp.maximum(jnp.abs(m), floor))
     dq = decay_pass(do, v, k, c_out, total, None if states is None else states.swapaxes(-1, -2), q, d=d, delta=delta,
-                    norms=sums[:, :, :-1], scale=scale, reverse=False, pieces=pieces, stages=2, interpret=interpret)
+                    norms=sums[:, :, :-1], scale=scale, reverse=False, pieces=pieces, stages=2,
+                    save_every=scalar.SAVE_EVERY, interpret=interpret)
 
     c, d, whole = total[..., None] - d, total[..., None] - c_out, total[..., None]
     unscaled = None if dfinal is None else dfinal / scale
@@ -100,10 +101,9 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     dkv = decay_pass_pair(q, k, v, do, c, total, dstates, saved, d=d, delta=delta, norms=behind[:, :, 1:], scale=scale,
                           pieces=pieces, save_every=scalar.SAVE_EVERY, interpret=interpret)
 
-    starts = scalar.SAVE_EVERY * jnp.arange(-(-t_size // (scalar.SAVE_EVERY * CHUNK)))
-    inner = scalar.states_by_gradients(dkv, states, scale)
-    inner = inner - scale * jnp.sum(sums[:, :, starts] * behind[:, :, starts], axis=-1)
-    ddecay = scalar.decay_gradient(jnp.sum(dq["r"], axis=2), dkv["r"], inner).reshape(decay.shape)
+    first = scalar.SAVE_EVERY * jnp.arange(dkv["f"].shape[2])
+    passed = jnp.exp2(total[:, :, first]) * jnp.sum(sums[:, :, first] * behind[:, :, first + 1], axis=-1)
+    ddecay = scalar.decay_gradient(dq, dkv, scale, -passed).reshape(decay.shape)
     dweight = (dkv["r"] + dkv["own"] * dkv["qk"]).reshape(ddecay.shape) / LOG2E
     dc0 = dn0 = None
     if has_init is not None:
