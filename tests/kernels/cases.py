@@ -183,7 +183,8 @@ def has_kernel(op, implementation):
     return importlib.util.find_spec(f"pallas_kernels.{package}.{op}") is not None
 
 
-def relative_error(x, reference):
+def relative_error(x, reference, size=0.0):
+    """‖x - reference‖ over ‖reference‖, or over `size` where that is larger."""
     x, reference = (np.asarray(a).astype(np.complex128) for a in (x, reference))
     assert np.isfinite(x).all()
-    return np.linalg.norm(x - reference) / max(np.linalg.norm(reference), 1e-30)
+    return np.linalg.norm(x - reference) / max(np.linalg.norm(reference), size, 1e-30)

@@ -11,6 +11,7 @@ from pallas_kernels.gpu import linear_attention as scalar
 from pallas_kernels.gpu import mlstm as gpu
 from pallas_kernels.gpu import mlstm_scans, pieces
 from pallas_kernels.gpu import normalised_linear_attention as normalised
+from pallas_kernels.steps import segment_starts
 from tests.kernels.gpu_checks import (
     as_written,
     assert_causal_and_repeatable,
@@ -18,6 +19,7 @@ from tests.kernels.gpu_checks import (
     kernels_lowered,
     on_gpu,
     relative_errors,
+    wide,
 )
 
 NAMES = ("o", "C", "n", "dq", "dk", "dv", "di", "df", "dC0", "dn0", "dm0")
@@ -56,11 +58,33 @@ def normalised_errors(b, t, h, decay, **options):
                            (v[::-1], dstate), scale=0.1, **options)
 
 
-def errors(arrays, cotangents, *, shift=0.0, **options):
-    """{name: ‖ours - reference‖ / ‖reference‖}."""
+def read_through_normaliser(arrays, do, o, scale, segment_ids=None):
+    """Norm of the gradients of q that come through |n.q|, with do.o counted as the root of its terms' squares.
+
+    Where n.q is small they are a large vector n times a sum of V products, each of which has o's rounding in bf16: one
+    such token may outweigh all others, and its gradient is as uncertain as these products are.
+    """
+    q, k, _, input_gate, forget_gate, state = wide(arrays)
+    empty = np.zeros_like(q[:, 0]), np.full_like(input_gate[:, 0], -1e30)
+    n, m = empty if state is None else state[1:]
+    log_forget, do_o, squares = -np.logaddexp(0, -forget_gate), np.linalg.norm(wide(do) * o, axis=-1), 0.0
+    starts = np.zeros(q.shape[:2], bool) if segment_ids is None else np.asarray(segment_starts(segment_ids))
+    for t in range(q.shape[1]):
+        n, m = np.where(starts[:, t, None, None], empty[0], n), np.where(starts[:, t, None], empty[1], m)
+        kept, m = log_forget[:, t] + m, np.maximum(log_forget[:, t] + m, input_gate[:, t])
+        n = np.exp(kept - m)[..., None] * n + np.exp(input_gate[:, t] - m)[..., None] * k[:, t]
+        normaliser = scale * np.abs(np.sum(n * q[:, t], axis=-1))
+        given = scale * do_o[:, t] * np.linalg.norm(n, axis=-1) / normaliser
+        squares += np.sum(np.where(normaliser > np.exp(-m), given, 0.0) ** 2)
+    return np.sqrt(squares)
+
+
+def errors(arrays, cotangents, *, shift=0.0, segment_ids=None, **options):
+    """{name: ‖ours - reference‖ / ‖reference‖}, that of q also relative to what it gets through the normaliser."""
     operators = comparable(gpu.mlstm, shift), comparable(reference.mlstm, shift)
-    ours, want = both_ways(*operators, arrays, cotangents, scale=0.1, **options)
+    ours, want = both_ways(*operators, arrays, cotangents, scale=0.1, segment_ids=segment_ids, **options)
     sizes = dict(zip(NAMES, map(np.linalg.norm, want), strict=False))
+    sizes["dq"] = np.hypot(sizes["dq"], read_through_normaliser(arrays, cotangents[0], want[0], 0.1, segment_ids))
     if arrays[5] is not None:  # <C0, dC0> + <n0, dn0>, one number per head and as good as zero now and then
         sizes["dm0"] = np.sqrt(sizes["dm0"] ** 2 + np.sum((np.asarray(arrays[5][0], np.float64) * want[8]) ** 2))
     return {name: np.linalg.norm(a - b) / size for (name, size), a, b in zip(sizes.items(), ours, want, strict=True)}
