@@ -96,8 +96,12 @@ class CRReLU(Activation):
         self.e = make.vector(0.01)
 
     def __call__(self, x):
+        return recomputed(self._bump)(x, self.e[...])
+
+    @staticmethod
+    def _bump(x, e):
         y = wide(x)
-        return (jax.nn.relu(y) + self.e[...] * y * jnp.exp(-0.5 * jnp.square(y))).astype(x.dtype)
+        return (jax.nn.relu(y) + e * y * jnp.exp(-0.5 * jnp.square(y))).astype(x.dtype)
 
     @staticmethod
     def param_count(argument):
@@ -114,7 +118,7 @@ class FATReLU(Activation):
         self.threshold = argument
 
     def __call__(self, x):
-        return jnp.where(x >= self.threshold, jax.nn.relu(x), 0)
+        return recomputed(lambda x: jnp.where(x >= self.threshold, jax.nn.relu(x), 0))(x)
 
 
 @ACTIVATIONS.register("topk")
@@ -153,8 +157,12 @@ class PolyCom(Activation):
         return argument + 1
 
     def __call__(self, x):
-        terms = self._terms(wide(x), self.a.shape[0])
-        return (sum(self.a[...][i] * term for i, term in enumerate(terms)) + self.a0[...]).astype(x.dtype)
+        return recomputed(self._compose)(x, self.a[...], self.a0[...])
+
+    @classmethod
+    def _compose(cls, x, a, a0):
+        terms = cls._terms(wide(x), a.shape[0])
+        return (sum(a[i] * term for i, term in enumerate(terms)) + a0).astype(x.dtype)
 
     @staticmethod
     def _terms(x, order: int):
