@@ -165,6 +165,18 @@ def claim(entries: list[dict], sign: int) -> str:
     return f"{word} ({held} of {len(ends)} agree, {against} the other way round)"
 
 
+def coverage(rows: pd.DataFrame) -> str:
+    """How many leverages, lower bounds left out, have an interval that holds what the published law gives there.
+
+    agree: at least nine of ten, disagree: at most half.
+    """
+    known = rows[rows["edge"] == ""]
+    inside = int(((known["EL_lo"] <= known["published"]) & (known["published"] <= known["EL_hi"])).sum())
+    share = inside / len(known) if len(known) else np.nan
+    word = "agree" if share >= 0.9 else "disagree" if share <= 0.5 else "cannot tell"
+    return f"{word} ({inside} of {len(known)} intervals hold it)"
+
+
 def report(leverages: Leverages) -> dict:
     """All laws with intervals, and the published claims that they can be held against."""
     level, rows = leverages.level, leverages.rows
@@ -188,6 +200,7 @@ def report(leverages: Leverages) -> dict:
         "leverage grows as fewer experts are active": claim([law["a"] for law in activation], -1),
         "leverage grows with compute": claim([law["a"] for law in compute], 1),
         f"experts of G = {rows['G'].max():g} beat those of G = 2": claim([law["gain"] for law in finest], 1),
+        "the joint law, extrapolated to these budgets": coverage(rows.assign(published=published(rows))),
     }
     shared = leverages.where(USUAL)
     try:

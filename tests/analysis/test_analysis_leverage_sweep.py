@@ -9,7 +9,7 @@ import pytest
 
 from analysis import cli, leverage_plot
 from analysis.laws import get_law
-from analysis.leverage_laws import USUAL, claim, joint_law, report, verdict
+from analysis.leverage_laws import USUAL, claim, coverage, joint_law, report, verdict
 from analysis.leverage_sweep import average_repeats, gather, main, parser, seed_noise, sweep_leverages
 from analysis.load import load_table
 from analysis.result import Options
@@ -158,6 +158,13 @@ def test_verdicts():
         "cannot"
     )
     assert claim([down], 1).startswith("disagree") and claim([up, open_], 1).startswith("cannot tell (1 of 2")
+
+
+def test_what_the_published_law_gives_is_looked_up_in_each_interval():
+    rows = pd.DataFrame({"EL_lo": 1.0, "EL_hi": 2.0, "published": [1.5] * 3 + [2.5], "edge": [""] * 4})
+    assert coverage(rows) == "cannot tell (3 of 4 intervals hold it)" and coverage(rows[:3]).startswith("agree (3 of 3")
+    assert coverage(rows[3:]).startswith("disagree (0 of 1")
+    assert coverage(rows.assign(edge="small")).startswith("cannot tell (0 of 0")
 
 
 def test_command_line(tmp_path, capsys):
