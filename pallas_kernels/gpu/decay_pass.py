@@ -128,6 +128,9 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, d=
                 smem["s16"].at[wg][...] = state.astype(dtype)
                 plgpu.commit_smem()
 
+            def u_dots(o, slot):
+                return jnp.sum(o * plgpu.load(smem["u"].at[slot, wg], layout=WGMMA).astype(jnp.float32), axis=1)
+
             def step(i, state):
                 slot, chunk = walk.slot(i), walk.chunk(i)
                 here = pl.ds(chunk * CHUNK, CHUNK)
@@ -170,12 +173,10 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, d=
                 if c is not None:
                     o = o * rows(jnp.exp2(c_row), o.shape)
                 if u is not None:
-                    u_tile = plgpu.load(smem["u"].at[slot, wg], layout=WGMMA).astype(jnp.float32)
-
                     @pl.when(lax.rem(chunk, jnp.int32(save_every)) == 0)
                     def _():
                         span = lax.div(chunk, jnp.int32(save_every))
-                        gmem["entered"].at[batch, head, wg, span][...] = scale * jnp.sum(o * u_tile, axis=1)
+                        gmem["entered"].at[batch, head, wg, span][...] = scale * u_dots(o, slot)
                 o, state = add_products((o, a.astype(dtype), z_tile), (state, y_tile.transpose(T_CONTRACT), z_state),
                                          interpret=interpret)
                 if floor is None:
@@ -184,7 +185,7 @@ def decay_pass(x, y, z, c, total, init, u, *, scale, reverse, pieces, stages, d=
                     least = plgpu.load(smem["floor"].at[slot], layout=WGMMA.reduce(1))
                     o = o * rows(scale / jnp.maximum(jnp.abs(m), least), o.shape)
                 if u is not None:
-                    r = jnp.sum(o * u_tile, axis=1)
+                    r = u_dots(o, slot)
                     o = o + rows(own * scale, o.shape) * plgpu.load(z_tile, layout=WGMMA).astype(jnp.float32)
                 release(empty.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
