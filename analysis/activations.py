@@ -162,6 +162,7 @@ def figure(rows: pd.DataFrame, base: str, level: float = 0.95):
                 axes[0, 1].plot(tried.index, tried.get(arch), label=arch, **style)
             axes[0, 1].set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
             axes[0, 1].set_title("choice of the rate")
+            plots.few_labels(axes[0, 1].xaxis)
     return result
 
 
@@ -173,13 +174,15 @@ def over_training(curves: pd.DataFrame, rows: pd.DataFrame, base: str):
     from analysis import plots
 
     curves = curves[curves["step"] > 1].merge(rows[["run_id", "arch", "d_model", "seed"]], on="run_id")
-    sizes, archs = sorted(curves["d_model"].unique()), [arch for arch in dict.fromkeys(rows["arch"]) if arch != base]
+    sizes, archs = sorted(curves["d_model"].unique()), list(dict.fromkeys(rows["arch"]))
     with plots.plt.rc_context(plots.STYLE):
         result, axes = plots.new_figure(len(sizes), sharey=True)
         for ax, size in zip(axes[0], sizes, strict=True):
             mine = curves[curves["d_model"] == size]
             losses = mine.pivot_table(index=["seed", "tokens"], columns="arch", values="loss")
-            for i, arch in enumerate(archs):
+            for i, arch in enumerate(archs):  # the base keeps its colour in `figure`
+                if arch == base:
+                    continue
                 for number, (_, seed) in enumerate((losses[arch] - losses[base]).groupby("seed")):
                     style = {"color": plots.ARCH_COLOURS[i % 7], "ls": ("-", "--", ":", "-.")[number % 4]}
                     ax.plot(seed.index.get_level_values("tokens"), seed, label="" if number else arch, lw=1.2, **style)

@@ -82,7 +82,7 @@ def _plain_log(axis, maximum: int = 6) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _few_labels(axis) -> None:
+def few_labels(axis) -> None:
     """A log axis over one to two decades: minor labels at 2 and 5 only, so that they don't run into each other."""
     lo, hi = sorted(axis.get_view_interval())
     if hi / lo < 100:
@@ -184,7 +184,7 @@ def envelopes(fits: dict, curves, runs, *, group: str = "arch"):
     axes[0, 0].set_ylabel("training loss (nats/token)")
     axes[1, 0].set_ylabel("parameters N")
     _plain_log(axes[0, 0].yaxis)
-    _few_labels(axes[1, 0].xaxis)
+    few_labels(axes[1, 0].xaxis)
     return figure
 
 
@@ -216,7 +216,7 @@ def isoflop(profiles: dict[str, list[Profile]], *, level: float = 0.95, xlabel="
     axes[0, 0].set_xlim(sizes.min() / 1.3, sizes.max() * 1.3)
     axes[0, 0].set_ylim(losses.min() / 1.01, losses.max() * room)
     axes[0, 0].set_ylabel("final loss (nats/token)")
-    _few_labels(axes[0, 0].xaxis)
+    few_labels(axes[0, 0].xaxis)
     _plain_log(axes[0, 0].yaxis)
     return figure
 
@@ -265,7 +265,7 @@ def parametric(fit, law, frame, *, title: str = ""):
     )  # fmt: skip
     right.legend(loc="upper left", frameon=True, framealpha=0.9)
     for axis in (right.xaxis, right.yaxis):
-        _few_labels(axis)
+        few_labels(axis)
     figure.colorbar(points, ax=right, label="training compute C (FLOP)", pad=0.02, aspect=30)
     return figure
 
@@ -284,7 +284,7 @@ def residuals(fit, law, frame, *, title: str = ""):
         ax.axhline(0, color="0.5", lw=1)
         ax.scatter(values, rest, c=C, cmap=COMPUTE, norm=norm, s=26, edgecolors="white", linewidths=0.5, zorder=3)
         ax.set(xscale="log", xlabel=label)
-        _few_labels(ax.xaxis)
+        few_labels(ax.xaxis)
     axes[0, 0].set(ylabel="observed - predicted loss (%)", title=f"{title}: residuals" if title else "residuals")
     _colour_bar(figure, axes, norm)
     return figure
@@ -409,7 +409,7 @@ def frontiers(found: dict[str, Frontier], *, level: float = 0.95):
     right.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel="optimal parameters N*(C)")
     for ax in (left, right):
         ax.legend()
-        _few_labels(ax.xaxis)
+        few_labels(ax.xaxis)
     # a wide band must not squeeze the points into a corner
     sizes = np.concatenate([p.x for f in found.values() for p in f.profiles])
     right.set_ylim(sizes.min() / 1.5, sizes.max() * 1.5)
@@ -466,7 +466,7 @@ def gain(found: dict[str, Frontier], base: str, level: float = 0.95):
         ax.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel=f"{base} / variant (×)")
         ax.set(ylim=(min(top) / 1.15, max(top) * 1.25), title=f"{TITLES[cost]} at equal loss")
         _plain_log(ax.yaxis)
-        _few_labels(ax.xaxis)
+        few_labels(ax.xaxis)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, title=f"{level:.0%} bands"
     )

@@ -27,6 +27,7 @@ def over_training(found: dict, fits: dict | None = None):
                 if not curve.refused:
                     ax.fill_between(at, lo, hi, color=colour, alpha=0.18, lw=0)
             ax.set(xscale="log", xlabel="training tokens D", ylabel="share of active neurons", title=name)
+            plots.few_labels(ax.xaxis)
             ax.legend()
     return figure
 
@@ -80,6 +81,6 @@ def by_layer(rows: pd.DataFrame, at: str = "rise"):
             axes[0, 1].plot([lower, upper], [i, i], color=colour, lw=4)
             axes[0, 1].plot(middle, i, "k|")
         axes[0, 0].set(xlabel="depth", ylabel="share of active neurons", title="by layer")
-        axes[0, 0].legend(fontsize=6)
+        axes[0, 0].legend(fontsize=7)
         axes[0, 1].set(xlabel="share of active neurons", title="over tokens: 5, 25, 50, 75, 95 %", yticks=[])
     return figure
