@@ -5,6 +5,7 @@ can be restored onto any mesh. Loading compares paths, shapes and dtypes first a
 """
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -39,19 +40,21 @@ def restore(directory, step: int, like=None):
     """The checkpoint `step` in the structure of `like`: arrays or ShapeDtypeStructs, whose shardings are used.
 
     Without `like` a nested dict of what is stored. Raises ConfigError, one line, when it has other paths, shapes or
-    dtypes than `like`.
+    dtypes than `like`, or can't be read.
     """
     path = Path(directory).resolve() / str(step)
     if not path.is_dir():
         have = ", ".join(map(str, steps(directory))) or "none"
         raise ConfigError(f"checkpoint {step} in {directory}: no such checkpoint; there are: {have}")
     if like is None:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _readable(path), ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path)
     wanted = {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(like)}
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(path).item_metadata.tree
-        stored = {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+    with _readable(path), ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata
+        if metadata is None:
+            raise ValueError("its metadata is missing or cut short")
+        stored = {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree)}
         _verify(wanted, stored, path)
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)), _nest(like)
@@ -59,6 +62,22 @@ def restore(directory, step: int, like=None):
         loaded = checkpointer.restore(path, target)
     loaded = {path_of(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(loaded)}
     return jax.tree_util.tree_map_with_path(lambda p, _: loaded[path_of(p)], like)
+
+
+@contextmanager
+def _readable(path):
+    """Whatever orbax raises becomes one line that says what can be done."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        before = [step for step in steps(path.parent) if step < int(path.name)]
+        rest = f"go on from step {before[-1]}" if before else "begin anew"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(
+            f"checkpoint {path}: can't be read ({reason}); if it is damaged, delete it to {rest}"
+        ) from error
 
 
 def _verify(wanted, stored, path):

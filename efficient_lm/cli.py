@@ -8,13 +8,13 @@ import typing
 
 from efficient_lm import config as configs
 from efficient_lm import hardware
+from efficient_lm.arguments import BAD_INPUT, Parser
 from efficient_lm.ffn import FFNS
 from efficient_lm.mixers import MIXERS
 from efficient_lm.schema import ConfigError
 
 # 75 is EX_TEMPFAIL of sysexits.h: the same command, run again, goes on.
 EXIT_CODES = {"done": 0, "failed": 1, "diverged": 3, "preempted": 75}
-BAD_INPUT = 2
 
 
 def main(train, argv=None) -> int:
@@ -24,6 +24,7 @@ def main(train, argv=None) -> int:
         args = _parser().parse_args(rest)
         if args.distributed:
             hardware.join_hosts(args.distributed)
+        hardware.require_devices()
         info = train(configs.load(args.config, overrides), args.workdir)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,13 +46,6 @@ def closing_line(info: dict, workdir) -> str:
     return f"{info['status']}: {workdir}: {info['reason']}"
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a bad argument like a bad config: one line."""
-
-    def error(self, message):
-        raise ConfigError(f"{message} (see --help)")
-
-
 def _parser():
     fields = "\n".join(field_lines(configs.Config) + registry_lines())
     parser = Parser(
@@ -63,7 +57,6 @@ def _parser():
             f"config fields, set with --config.FIELD=VALUE:\n{fields}"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="for example configs/dense.py:tiny")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="run directory: config, metrics, checkpoints")

@@ -190,6 +190,8 @@ def read_config_file(spec: str, function: str = "get_config"):
     path, _, arg = spec.partition(":")
     if not os.path.isfile(path):
         raise ConfigError(f"config = {path!r}: no such file")
+    if not path.endswith(".py"):
+        raise ConfigError(f"config = {path!r}: must be a Python file, as in configs/dense.py:tiny")
     module_spec = importlib.util.spec_from_file_location(f"config_{abs(hash(os.path.abspath(path)))}", path)
     module = importlib.util.module_from_spec(module_spec)
     try:

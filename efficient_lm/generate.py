@@ -4,7 +4,6 @@ The prompt is read in parallel form; then decoding is token by token with each m
 state). Several prompts go together: --prompt may be given more than once.
 """
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -13,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_lm import checkpoint, metrics
+from efficient_lm import checkpoint, hardware, metrics
+from efficient_lm.arguments import Parser
 from efficient_lm.config import from_dict
 from efficient_lm.data import open_data
 from efficient_lm.model import LM
@@ -22,12 +22,21 @@ from efficient_lm.schema import ConfigError
 from efficient_lm.train import make_init
 
 
+def run_config(run):
+    """The config of a run directory. Raises ConfigError."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"--run {run}: is no run directory (it has no config.json)")
+    stored = metrics.read_json(path)
+    if stored is None:
+        raise ConfigError(f"--run {run}: its config.json can't be read")
+    return from_dict(stored)
+
+
 def load_run(run, step: int = 0):
     """(config, LM, params) of a run directory; the averaged parameters when the run has them. Raises ConfigError."""
-    run = Path(run)
-    if not (run / "config.json").is_file():
-        raise ConfigError(f"--run {run}: is no run directory (it has no config.json)")
-    cfg = from_dict(metrics.read_json(run / "config.json"))
+    run, cfg = Path(run), run_config(run)
+    hardware.require_devices()
     found = checkpoint.steps(run / "ckpt")
     if not found:
         raise ConfigError(f"--run {run}: has no checkpoint yet")
@@ -84,7 +93,7 @@ def _draw(logits, temperature, top_k, key):
 
 def main(argv=None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m efficient_lm.generate", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m efficient_lm.generate", description=__doc__.partition("\n")[0])
     parser.add_argument("--run", required=True, help="run directory of efficient_lm.train")
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be repeated")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to add (default 200)")
@@ -92,8 +101,8 @@ def main(argv=None) -> int:
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0 = all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int, default=0, help="checkpoint to use; 0 = the last")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 0)):
             if getattr(args, name) < low:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")

@@ -41,6 +41,17 @@ def _matches(device_kind, prefix):
     return device_kind.startswith(prefix) and (not rest or rest[0] in " -") and "lite" not in rest
 
 
+def require_devices() -> None:
+    """Raises ConfigError where JAX finds no device of the kind that is asked for."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):  # JAX asserts where the platform is known but has no device
+        raise ConfigError(
+            f"JAX_PLATFORMS = {jax.config.jax_platforms!r}: JAX finds no such device here; set it to 'cpu', or leave "
+            "it unset for what there is (GPUs need the extra 'gpu', TPUs 'tpu')"
+        ) from None
+
+
 def enable_compile_cache() -> None:
     """Keep compiled programs on disk: in $JAX_COMPILATION_CACHE_DIR, or the user's cache directory."""
     if jax.config.jax_compilation_cache_dir is None:

@@ -44,6 +44,8 @@ class RunDir:
     def _require_same_config(self):
         stored = read_json(self.path / "config.json")
         if stored is None:
+            if (self.path / "config.json").exists():
+                raise ConfigError(f"workdir = {str(self.path)!r}: its config.json can't be read; delete it to go on")
             return
         try:
             stored = without_volatile(configs.from_dict(stored))

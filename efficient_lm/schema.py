@@ -7,6 +7,7 @@ fields (with the nearest valid name), wrong types, values outside `choices` or b
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any
@@ -136,7 +137,9 @@ def _typed(value, hint, path) -> Any:
         elif isinstance(value, float) and value.is_integer():
             return int(value)
     elif origin is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ConfigError(f"{path} = {value}: must be finite")
             return float(value)
     elif isinstance(value, origin):
         return value

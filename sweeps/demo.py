@@ -5,7 +5,6 @@
 Running it again repeats only the report; after an interruption it goes on where it was.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 from efficient_lm import config as configs
+from efficient_lm.arguments import Parser
 from efficient_lm.schema import ConfigError
 from sweeps import launch
 from sweeps.plan import make_plan
@@ -25,7 +25,7 @@ MOST_WORKERS = 8
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sweeps.demo",
         description="Train a small IsoFLOP sweep of two architectures on CPU, fit scaling laws, write report.html.",
         epilog="Config fields of every cell can be overridden: --config.train.seq_len=64",

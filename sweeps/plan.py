@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass, field
 
 from efficient_lm import config as configs
+from efficient_lm import hardware
+from efficient_lm.arguments import Parser
 from efficient_lm.counting import count_flops, count_params
 from efficient_lm.schema import ConfigError
 from sweeps.combine import Cell, as_cells
@@ -250,14 +252,16 @@ def plan_from_arguments(args, overrides, store: Store | None) -> Plan:
     if args.where and args.budget:
         raise ConfigError(f"where = {args.where!r}: can't be combined with --budget, which chooses the cells itself")
     budget = parse_budget(args.budget) if args.budget else None
-    plan = make_plan(args.config, overrides)
-    if args.where:
-        choose(plan, args.where)
     calibration = Calibration.read(args.calibration)
-    if args.calibrate:
-        with _on_cores_of_a_worker(default_workers(args.workers)):
+    # Planning starts JAX (which operator serves depends on the device), and with it the threads that are timed.
+    with _on_cores_of_a_worker(default_workers(args.workers)) if args.calibrate else contextlib.nullcontext():
+        hardware.require_devices()
+        plan = make_plan(args.config, overrides)
+        if args.where:
+            choose(plan, args.where)
+        if args.calibrate:
             calibration.measure(plan.cells)
-        calibration.write(args.calibration)
+            calibration.write(args.calibration)
     if store:
         calibration.add_runs(store, plan.cells)
     calibration.tokens_per_second = args.tokens_per_second
@@ -295,7 +299,7 @@ def print_notes(plan: Plan, file=None) -> None:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sweeps.plan",
         description="Print the cells of a sweep and what they cost; run nothing (but --calibrate times a few steps).",
         epilog="Config fields of every cell can be overridden: --config.train.seq_len=256",

@@ -1,9 +1,9 @@
 """How the cells of a store are doing: `python -m sweeps.status --store runs/NAME [--watch]`."""
 
-import argparse
 import sys
 import time
 
+from efficient_lm.arguments import Parser
 from efficient_lm.schema import ConfigError
 from sweeps.store import STATES, Store
 from sweeps.tables import align, duration
@@ -75,12 +75,12 @@ def summary(rows: list[dict]) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.status", description="States of the cells of a run store.")
+    parser = Parser(prog="python -m sweeps.status", description="States of the cells of a run store.")
     parser.add_argument("--store", required=True, help="run store, e.g. runs/NAME")
     parser.add_argument("--watch", action="store_true", help="refresh until no cell is running")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between refreshes")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         store = Store(args.store)
         if not store.path.is_dir():
             raise ConfigError(f"store = {args.store!r}: no such directory")

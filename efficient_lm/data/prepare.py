@@ -18,6 +18,7 @@ import tempfile
 
 from tqdm import tqdm
 
+from efficient_lm.arguments import Parser
 from efficient_lm.data import recipes
 from efficient_lm.data.corpus import Corpus, train_corpus_bpe
 from efficient_lm.data.store import open_store, write
@@ -26,8 +27,8 @@ from efficient_lm.data.tokenization import bpe_size, load_tokenizer
 from efficient_lm.schema import ConfigError
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser() -> Parser:
+    p = Parser(
         prog="python -m efficient_lm.data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,9 +49,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None) -> int:
-    args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that scratch directories are removed
     try:
+        args = parser().parse_args(argv)
         if args.verify:
             spec = open_store(args.verify, verify=True).spec
             print(f"{args.verify}: {spec['name']}, {spec['n_tokens']:,} tokens, sha256 as in spec.json")

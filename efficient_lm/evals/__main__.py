@@ -7,7 +7,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from efficient_lm import metrics
-from efficient_lm.cli import Parser, field_lines
+from efficient_lm.arguments import Parser
+from efficient_lm.cli import field_lines
 from efficient_lm.data.batches import load_sources
 from efficient_lm.data.tasks import TASKS
 from efficient_lm.evals.evaluate import TaskSpec, evaluate_run
@@ -103,7 +104,6 @@ def _parser():
         "directory and prints a table. Tasks have the options of the run, if it was trained on that task.",
         epilog="exit codes: 0 done, 2 bad arguments\n\ntasks and their options:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", nargs="+", metavar="DIR", help="run directories of efficient_lm.train")

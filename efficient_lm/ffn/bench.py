@@ -8,7 +8,6 @@ backward of one FFN layer, its experts alone, their matrix products and gradient
 mixture. TFLOP/s count the rows that tokens chose, not padding. Medians of calls queued back to back.
 """
 
-import argparse
 import json
 import sys
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from efficient_lm import config as configs
 from efficient_lm import hardware
+from efficient_lm.arguments import Parser
 from efficient_lm.counting import count_flops, count_params
 from efficient_lm.ffn import FFNS, dispatch, routing
 from efficient_lm.ffn.moe import Bank, MoEConfig
@@ -199,8 +199,8 @@ def _shown(name, value):
     return value
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m efficient_lm.ffn.bench", description=__doc__.partition("\n")[0])
+def parser() -> Parser:
+    out = Parser(prog="python -m efficient_lm.ffn.bench", description=__doc__.partition("\n")[0])
     out.add_argument("--config", required=True, help="config with a mixture, e.g. configs/moe.py:340M, and overrides")
     out.add_argument("--rows", type=int, default=8, help="sequences of a micro-batch (default 8)")
     out.add_argument("--implementations", default="sorted", help="of the mixture, separated by commas")
@@ -214,6 +214,7 @@ def main(argv=None) -> int:
         args = parser().parse_args(rest)
         if args.rows < 1:
             raise ConfigError(f"rows = {args.rows}: must be at least 1")
+        hardware.require_devices()
         hardware.enable_compile_cache()
         table = measure(configs.load(args.config, overrides), args.rows, args.implementations.split(","))
     except ConfigError as error:

@@ -1,6 +1,5 @@
 """python -m efficient_lm.mixers: every registered mixer, measured on a real instance with default settings."""
 
-import argparse
 import json
 import statistics
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from efficient_lm.arguments import Parser
 from efficient_lm.config import from_dict
 from efficient_lm.layers import Maker
 from efficient_lm.mixers import MIXERS, model_of
@@ -19,7 +19,7 @@ COLUMNS = ("mixer", "parameters", "/ d^2", "state bytes", "MFLOPs/token", "execu
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m efficient_lm.mixers",
         description="Parameters of one layer, decoding state per sequence after T tokens, forward FLOPs per token at "
         "training length T (model FLOPs, and matrix products that the XLA implementation executes).",
@@ -34,8 +34,8 @@ def main(argv=None) -> int:
         "--conformance", help="adds the outcome of `pytest tests/conformance/test_mixers.py --junitxml FILE`"
     )
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         columns, rows = table(args.d_model, args.seq_len)
         notes = [f"One layer, d_model {args.d_model}, T {args.seq_len}, default settings."]
         if args.conformance:

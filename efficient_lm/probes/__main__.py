@@ -4,7 +4,6 @@ Times the training step and the probe pass of a config on random tokens, on the 
 share of training time that probes take at the config's interval and over the first 512 steps.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -14,6 +13,7 @@ import numpy as np
 
 from efficient_lm import config as configs
 from efficient_lm import hardware, sharding
+from efficient_lm.arguments import Parser
 from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer
 from efficient_lm.probes import PROBES
@@ -64,12 +64,13 @@ def random_tokens(cfg, rows: int) -> dict:
 def main(argv=None) -> int:
     try:
         overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
-        parser = argparse.ArgumentParser(prog="python -m efficient_lm.probes", description=__doc__.split("\n")[2])
+        parser = Parser(prog="python -m efficient_lm.probes", description=__doc__.split("\n")[2])
         parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
         parser.add_argument("--repeats", type=int, default=10, help="timed steps (default 10)")
         args = parser.parse_args(rest)
         if args.repeats < 1:
             raise ConfigError(f"--repeats {args.repeats}: must be at least 1")
+        hardware.require_devices()
         cfg = configs.load(args.config, overrides)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

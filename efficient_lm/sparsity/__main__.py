@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from efficient_lm import checkpoint, metrics
-from efficient_lm.cli import Parser
+from efficient_lm.arguments import Parser
 from efficient_lm.config import run_id
-from efficient_lm.generate import load_run
+from efficient_lm.generate import load_run, run_config
 from efficient_lm.schema import ConfigError
 from efficient_lm.sparsity.measure import Measured, Validation
 from efficient_lm.sparsity.methods import METHODS
@@ -113,6 +113,7 @@ def _runs(args) -> list[str]:
 
 def _steps(run, wanted: str) -> list[int]:
     """The checkpoints of a run that are nearest to `wanted` steps spaced evenly in their logarithm, rising."""
+    run_config(run)  # says so where there is no run
     steps = [step for step in checkpoint.steps(Path(run) / "ckpt") if step]
     if not steps:
         raise ConfigError(f"--run {run}: has no checkpoint after step 0")
@@ -152,7 +153,6 @@ def _parser():
         "validation loss. Rows of JSON are appended to --out; a run that is there to its last checkpoint is left out.",
         epilog=f"exit codes: 0 done, 2 bad arguments\n\nmethods:\n{methods}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="DIR", help="run directory of efficient_lm.train")

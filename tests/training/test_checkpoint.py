@@ -65,6 +65,20 @@ def test_what_does_not_fit_is_refused_by_name(state, tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("damage", ["data cut short", "metadata gone"])
+def test_a_damaged_checkpoint_is_refused_with_what_can_be_done(state, tmp_path, damage):
+    checkpoint.save(tmp_path, 1, state)
+    checkpoint.save(tmp_path, 2, state)
+    for file in [f for f in (tmp_path / "2").rglob("*") if f.is_file()]:
+        if damage == "data cut short" and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[:8])
+        elif damage == "metadata gone" and file.name == "_METADATA":
+            file.unlink()
+    with pytest.raises(ConfigError, match="2: can't be read .*; if it is damaged, delete it to go on from step 1") as e:
+        checkpoint.restore(tmp_path, 2, structs(state))
+    assert "\n" not in str(e.value)
+
+
 def test_keeps_the_newest_and_ignores_what_is_unfinished(state, tmp_path):
     (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
     assert checkpoint.steps(tmp_path) == []
