@@ -1,17 +1,18 @@
 """Run the cells of a sweep that are missing: `python -m sweeps.launch --config configs/sweeps/x.py --store runs/x`."""
 
-import argparse
 import shlex
 import sys
 import time
 
 from efficient_lm import config as configs
+from efficient_lm.arguments import Parser
 from efficient_lm.schema import ConfigError
 from sweeps import local, plan
 from sweeps.store import Store
 from sweeps.tables import duration, totals
 
 LAUNCHERS = ("local", "slurm", "print")
+ORDERS = ("dearest", "listed")
 EXIT_FAILED, EXIT_CONFIG, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 75
 
 
@@ -29,7 +30,7 @@ def _launch(args, overrides) -> int:
     store = Store(args.store)
     planned = plan.plan_from_arguments(args, overrides, store)
     plan.print_notes(planned, sys.stderr)
-    cells = waiting_cells(planned.cells, store, again=args.resume)
+    cells = waiting_cells(planned.cells, store, again=args.resume, order=args.order)
     if args.launcher == "print":
         for cell in cells:
             print(command(cell, store))
@@ -42,24 +43,34 @@ def _launch(args, overrides) -> int:
         with store.locked():
             save_plan(planned, store)
             return slurm.launch(cells, store, args)
-    return run_local(planned, store, workers, again=args.resume)
+    return run_local(planned, store, workers, again=args.resume, order=args.order)
 
 
-def run_local(planned: plan.Plan, store: Store, workers: int, *, again=False, progress=True, **options) -> int:
+def run_local(planned, store: Store, workers: int, *, again=False, order="dearest", progress=True, **options) -> int:
     """Trains what is missing on this machine, says how it went and returns the exit code of `launch`."""
     with store.locked():
         save_plan(planned, store)
-        cells = waiting_cells(planned.cells, store, again=again)
+        cells = waiting_cells(planned.cells, store, again=again, order=order)
         started = time.monotonic()
         outcome = local.Launcher(store, workers, progress=progress, **options).run(cells) if cells else local.Outcome()
     print(summary(planned.cells, store, len(outcome.status), time.monotonic() - started))
     return exit_code(planned.cells, store, outcome.stopped)
 
 
-def waiting_cells(cells, store: Store, *, again: bool) -> list:
-    """The cells to run: never started, preempted or left behind by a dead process; failed ones only if `again`."""
+def waiting_cells(cells, store: Store, *, again: bool, order: str = "dearest") -> list:
+    """The cells to run: never started, preempted or left behind by a dead process; failed ones only if `again`.
+
+    In the order (one of ORDERS) in which they start.
+    """
     wanted = {"missing", "preempted", "stale"} | ({"failed"} if again else set())
-    return [cell for cell in cells if store.state(cell.run_id) in wanted]
+    waiting = [cell for cell in cells if store.state(cell.run_id) in wanted]
+    return longest_first(waiting) if order == "dearest" else waiting
+
+
+def longest_first(cells) -> list:
+    """By predicted time, or by FLOPs where the time of some cell is unknown: leaves the least idle time at the end."""
+    timed = all(cell.predicted_seconds is not None for cell in cells)
+    return sorted(cells, key=lambda cell: cell.predicted_seconds if timed else cell.flops, reverse=True)
 
 
 def save_plan(planned: plan.Plan, store: Store) -> None:
@@ -109,8 +120,8 @@ def _literal(value) -> str:
     return repr(value)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m sweeps.launch",
         description="Run the cells of a sweep. Finished and diverged cells are never run again; interrupted ones go "
         "on from their checkpoints.",
@@ -120,6 +131,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_plan_arguments(parser)
     parser.add_argument("--store", required=True, help="run store, e.g. runs/NAME")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="print only shows the commands")
+    parser.add_argument(
+        "--order",
+        choices=ORDERS,
+        default="dearest",
+        help="which cells start first: the dearest (default), which leaves the least idle time at the end, or as the "
+        "sweep file lists them, for a sweep that may be cut short",
+    )
     parser.add_argument("--resume", action="store_true", help="also run failed cells again")
     group = parser.add_argument_group("slurm")
     group.add_argument("--partition", help="SLURM partition")

@@ -62,7 +62,7 @@ class Worker:
 
 
 class Launcher:
-    """Gives cells to workers, the longest first, until none is left or a signal asks to stop."""
+    """Gives cells to workers until none is left or a signal asks to stop."""
 
     def __init__(self, store: Store, workers: int, *, trainer: str = TRAINER, progress: bool = True):
         self.store, self.trainer, self.progress = store, trainer, progress
@@ -72,8 +72,8 @@ class Launcher:
         self.signals = 0
 
     def run(self, cells) -> Outcome:
-        """Trains `cells` (planned cells); cells that fail do not stop the others."""
-        waiting = longest_first(cells)[::-1]
+        """Trains `cells` (planned cells), started in this order; cells that fail do not stop the others."""
+        waiting = cells[::-1]
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = Progress(cells, self.store, self.progress)
         try:
@@ -192,12 +192,6 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def longest_first(cells) -> list:
-    """By predicted time, or by FLOPs where the time of some cell is unknown: leaves the least idle time at the end."""
-    timed = all(cell.predicted_seconds is not None for cell in cells)
-    return sorted(cells, key=lambda cell: cell.predicted_seconds if timed else cell.flops, reverse=True)
 
 
 def run_fields(cell) -> dict:

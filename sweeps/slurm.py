@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 
+from efficient_lm.arguments import BAD_INPUT
 from efficient_lm.schema import ConfigError
-from sweeps.local import longest_first, run_fields
+from sweeps.local import run_fields
 from sweeps.store import ENDED, Store
 
 SAVE_SECONDS = 60
@@ -35,7 +36,7 @@ class CellJob:
             self.process = subprocess.Popen(ignoring, stdout=log, stderr=log)
             code = self.process.wait()
         status = store.run(self.run_id).get("status")
-        if status not in ENDED:
+        if status not in ENDED or code == BAD_INPUT:  # which leaves run.json as an earlier process wrote it
             said = (store.run_dir(self.run_id) / "log.txt").read_text(errors="replace").strip().splitlines()
             reason = f"trainer exited with code {code}" + (f": {said[-1]}" if said else "")
             store.end(self.run_id, "failed", reason, **self.fields)
@@ -86,7 +87,7 @@ def launch(cells, store: Store, args) -> int:
         **({"gpus_per_node": args.gpus} if args.gpus else {}),
         **({"slurm_partition": args.partition} if args.partition else {}),
     )
-    jobs = [CellJob(_command(c, store), str(store.path), c.run_id, run_fields(c)) for c in longest_first(cells)]
+    jobs = [CellJob(_command(c, store), str(store.path), c.run_id, run_fields(c)) for c in cells]
     try:
         with executor.batch():
             submitted = [executor.submit(job) for job in jobs]

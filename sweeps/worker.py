@@ -57,6 +57,7 @@ def run_cell(store: Store, job: dict, trainer_name: str) -> str:
 
 def _train(store: Store, job: dict, trainer_name: str) -> str:
     run_id = job["run_id"]
+    before = store.run(run_id)
     try:
         from efficient_lm.config import from_dict
 
@@ -65,7 +66,9 @@ def _train(store: Store, job: dict, trainer_name: str) -> str:
         trainer(from_dict(job["config"]), str(store.run_dir(run_id)))
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        if store.run(run_id).get("status") not in ENDED:
+        run = store.run(run_id)
+        # An earlier process's 'preempted' says nothing of this failure.
+        if run.get("status") not in ENDED or run == before:
             store.end(run_id, "failed", _one_line(error), **job["fields"])
     status = store.run(run_id).get("status")
     if status not in ENDED:

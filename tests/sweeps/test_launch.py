@@ -136,8 +136,10 @@ def test_a_worker_leaves_a_cell_alone_that_another_trainer_holds(make_sweep, tmp
 
 def test_a_trainer_that_cannot_be_imported_fails_every_cell(make_sweep, tmp_path):
     plan, store = make_sweep("ok", "ok"), Store(tmp_path / "store")
+    store.end(plan.cells[0].run_id, "preempted", "stopped at step 3")  # what an earlier process left is no excuse
     assert launch.run_local(plan, store, 1, progress=False, trainer="tests.no_such:train") == launch.EXIT_FAILED
     assert states(plan, store) == ["failed"] * 2
+    assert "no_such" in store.run(plan.cells[0].run_id)["reason"]
     assert "no_such" in (store.run_dir(plan.cells[0].run_id) / "log.txt").read_text()
 
 
@@ -150,7 +152,7 @@ sys.exit(launch.run_local(make_plan(sys.argv[1]), Store(sys.argv[2]), 1, progres
 """
 
 
-def wait_for(path, seconds=30.0):
+def wait_for(path, seconds=90.0):
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
@@ -180,9 +182,18 @@ def test_the_longest_cell_goes_first(make_sweep):
     cells = make_sweep("ok", "ok", "ok").cells
     seconds = (1.0, 3.0, 2.0)
     timed = [dataclasses.replace(c, predicted_seconds=s) for c, s in zip(cells, seconds, strict=True)]
-    assert [c.predicted_seconds for c in local.longest_first(timed)] == [3.0, 2.0, 1.0]
+    assert [c.predicted_seconds for c in launch.longest_first(timed)] == [3.0, 2.0, 1.0]
     longer = dataclasses.replace(cells[1], flops_per_token=1e12)
-    assert local.longest_first([cells[0], longer, timed[0]])[0] is longer
+    assert launch.longest_first([cells[0], longer, timed[0]])[0] is longer
+
+
+@pytest.mark.parametrize(("order", "expected"), [("dearest", [1, 2, 0]), ("listed", [0, 1, 2])])
+def test_cells_start_in_the_order_asked_for(make_sweep, tmp_path, order, expected):
+    plan, store = make_sweep("ok", "ok", "ok"), Store(tmp_path / "store")
+    plan.cells = [dataclasses.replace(c, predicted_seconds=s) for c, s in zip(plan.cells, (1.0, 3.0, 2.0), strict=True)]
+    assert run(plan, store, workers=1, order=order) == 0
+    ended = [(store.run_dir(cell.run_id) / "run.json").stat().st_mtime_ns for cell in plan.cells]
+    assert sorted(range(3), key=ended.__getitem__) == expected
 
 
 def test_print_launcher_gives_commands_that_train_the_same_runs(make_sweep, tmp_path, capsys):
@@ -221,11 +232,13 @@ def test_bad_arguments_give_one_line_and_leave_the_store(make_sweep, tmp_path, c
         [*good, "--tokens-per-second", "-1"],
         [*good, "--config.train.stepps=3"],
         [*good, "--config.model.d_model=15"],
+        [*good, "--order", "cheapest"],
+        good[:2],
         ["--config", plan.config, "--store", "/proc/none/store"],
     ):
         assert launch.main(bad) == launch.EXIT_CONFIG
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 7 and all(line.startswith("error: ") for line in lines)
+    assert len(lines) == 9 and all(line.startswith("error: ") for line in lines)
     assert not store.exists()
 
 
