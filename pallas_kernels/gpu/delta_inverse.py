@@ -3,8 +3,8 @@
 With c the in-chunk cumulative log2 decay: T = (I + diag(beta) M)^-1, M = strictly lower (K K^T * 2^(c_i - c_j)). The
 inverse of the diagonal blocks of size 2b comes from those of size b: X <- X - (X L X)_off, with _off the lower left
 b x b blocks. Only inverses are multiplied, never powers of L. Operands are fp16: entries of the inverse stay moderate
-for beta |k|^2 <= 2. T stays fp16 as well: it alternates in sign where keys look alike, and sums of T times anything,
-which then cancel, would show the rounding to bf16.
+for beta |k|^2 <= 2. One step of Newton's at the end, X <- X + X (I - X - L X) with L in two fp16 parts, leaves no more
+than the rounding of the result: where keys look alike, T alternates in sign, and sums of T times anything cancel.
 
 Every multiprocessor holds one program, whose warpgroups take chunks in turn on their own: what bounds them is issuing
 instructions, so the masks of a level come from one comparison, and the next chunk is on its way meanwhile.
@@ -26,6 +26,7 @@ from pallas_kernels.gpu.tiles import (
     products,
     rows,
     tile,
+    two_parts,
 )
 
 PROGRAMS = 132  # multiprocessors of an H100 or H200
@@ -33,7 +34,7 @@ GROUP = 3  # warpgroups of a program: 168 registers a thread; four spill
 
 
 def chunk_inverses(k, gates, *, decay, group=GROUP, interpret=None):
-    """T [B, H, N, 64, 64] fp16 of every chunk of k [B, T, H, K], from gates float32 [B, H, N, 2, 64]: c and beta."""
+    """T [B, H, N, 64, 64] fp16 of every chunk of k [B, T, H, K], from gates float32 [B, H, N, 3, 64]: c, beta, .."""
     b_size, t_size, heads, k_size = k.shape
     chunks = t_size // CHUNK
     blocks = range(k_size // BLOCK)
@@ -45,7 +46,7 @@ def chunk_inverses(k, gates, *, decay, group=GROUP, interpret=None):
         k=tile((group, len(blocks), CHUNK, BLOCK), k.dtype),
         x=square,
         y=square,
-        gates=plgpu.SMEM((group, 2, CHUNK), jnp.float32),
+        gates=plgpu.SMEM((group, 3, CHUNK), jnp.float32),
         out=square,
     )
 
@@ -72,7 +73,7 @@ def chunk_inverses(k, gates, *, decay, group=GROUP, interpret=None):
             ref[...] = right
             plgpu.commit_smem()
             zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
-            return add_products((zero, left, ref), interpret=interpret)[0].astype(jnp.float16)
+            return sum(add_products(*((zero, part, ref) for part in left), interpret=interpret))
 
         @pl.when(mine > 0)
         def _():
@@ -87,8 +88,7 @@ def chunk_inverses(k, gates, *, decay, group=GROUP, interpret=None):
             c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
             scores = jnp.where(row > col, decayed_scores(scores, c_row, c_tile if decay else None, False), 0.0)
             scores = -(scores * rows(plgpu.load(smem["gates"].at[wg, 1], layout=WGMMA.reduce(1)), scores.shape))
-            minus = scores.astype(jnp.float16)
-            minus = plgpu.layout_cast(minus, WGMMA)
+            minus, minus_low = (plgpu.layout_cast(part, WGMMA) for part in two_parts(scores, jnp.float16))
             x = jnp.where(row == col, 1.0, jnp.where((row == col + 1) & ((row & 1) == 1), scores, 0.0))
             x = plgpu.layout_cast(x.astype(jnp.float16), WGMMA)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -99,10 +99,14 @@ def chunk_inverses(k, gates, *, decay, group=GROUP, interpret=None):
                 load(i + 1)
 
             for level in range(1, 6):
-                z = times(x, times(minus, x, smem["x"].at[wg]), smem["y"].at[wg])
+                z = times((minus,), x, smem["x"].at[wg]).astype(jnp.float16)
+                z = times((x,), z, smem["y"].at[wg]).astype(jnp.float16)
                 left_block = jnp.where(((row >> level) & 1) == 1, (row >> level) - 1, -1)
                 x = plgpu.layout_cast(jnp.where(left_block == (col >> level), z, x), WGMMA)
-            out[...] = x
+            x32 = x.astype(jnp.float32)
+            rest = jnp.where(row == col, 1.0, 0.0) - x32 + times((minus, minus_low), x, smem["x"].at[wg])
+            x32 = x32 + times((x,), rest.astype(jnp.float16), smem["y"].at[wg])
+            out[...] = x32.astype(jnp.float16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out, out_ref.at[place(i)])
 

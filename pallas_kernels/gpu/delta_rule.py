@@ -1,7 +1,7 @@
 """DeltaNet (2406.06484), Gated DeltaNet (2412.06464) and, through `kda`, Kimi Delta Attention on Hopper GPUs.
 
 The rest of this file is the scalar decay. Forward: the chunks' triangular inverses, then one walk with the state on
-chip. Residuals are the inputs, the inverses and, in bf16, U and the states entering the chunks: to walk again for those
+chip. Residuals are the inputs, the inverses and, in fp16, U and the states entering the chunks: to walk again for those
 costs more than the memory's traffic. The backward pass walks back for dv and the gradients of the states, and makes the
 other gradients with all chunks in parallel.
 
@@ -9,16 +9,18 @@ Few heads: T is cut in pieces, whose entering states come first, exactly: a piec
 M [K, K] from one walk over every piece at once (M is also, transposed, the transition of the states' gradients).
 """
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu import kda
 from pallas_kernels.gpu.delta_carry import carry_states
 from pallas_kernels.gpu.delta_inverse import chunk_inverses
-from pallas_kernels.gpu.delta_pass import delta_forward, delta_gradients, delta_reverse
-from pallas_kernels.gpu.gates import by_chunk, chunk_decays, gate_gradient, pad_tokens, token_decays
+from pallas_kernels.gpu.delta_pass import GATE_SUMS, TINY, delta_forward, delta_gradients, delta_reverse
+from pallas_kernels.gpu.gates import LOG2E, by_chunk, chunk_decays, pad_tokens, running_sum, token_decays
 from pallas_kernels.gpu.head_parts import HeadParts
 from pallas_kernels.gpu.pieces import MIN_PIECE_CHUNKS, value_programs
 from pallas_kernels.gpu.tiles import CHUNK, not_hopper
@@ -92,11 +94,55 @@ def delta_pieces(v):
     return -(-chunks // per_piece)
 
 
-def _gates(beta, decay):
-    """float32 [B, H, N, 2, 64]: in-chunk log2 decays and beta."""
+def _gates(beta, decay, *factors):
+    """float32 [B, H, N, 3, 64]: in-chunk log2 decays, beta and `factors` [B, H, N], see `delta_pass`."""
     beta = by_chunk(beta)
     c, _ = chunk_decays(decay)
-    return jnp.stack([jnp.zeros_like(beta) if c is None else c, beta], axis=3)
+    factors = [jnp.broadcast_to(x, beta.shape[:3]) for x in factors]
+    factors = jnp.pad(jnp.stack(factors, axis=-1), ((0, 0),) * 3 + ((0, CHUNK - len(factors)),))
+    return jnp.stack([jnp.zeros_like(beta) if c is None else c, beta, factors], axis=3)
+
+
+def _chunk_peaks(x):
+    """Largest magnitude in every chunk of x [B, T, H, D]: float32 [B, H, N]."""
+    b_size, t_size, heads, size = x.shape
+    x = jnp.abs(x).reshape(b_size, t_size // CHUNK, CHUNK, heads, size)
+    return jnp.max(x, axis=(2, 4)).transpose(0, 2, 1).astype(jnp.float32)
+
+
+def value_units(v, init):
+    """Powers of two [B, H, N] by which the chunks' values and states are multiplied to fit fp16 with room to grow.
+
+    A column of the state grows by at most 2 |v| per token, for beta |k|^2 <= 2. Steps of 2^8 keep the unit, and so
+    the rounding of what is below fp16's normal range, from changing with every large value.
+    """
+    peaks = _chunk_peaks(v)
+    if init is not None:
+        peaks = peaks.at[:, :, 0].max(jnp.max(jnp.abs(init), axis=(-1, -2)))
+    exponent = jnp.ceil(jnp.log2(jnp.maximum(lax.cummax(peaks, axis=2), TINY)) / 8 - 0.5) * 8 + 4
+    growth = jnp.maximum(jnp.ceil(jnp.log2(1.0 + jnp.arange(peaks.shape[2]))) - 4, 0)
+    return _power(-exponent - growth)
+
+
+def grad_units(do, dfinal, scale):
+    """A power of two [B, H, 1] for all chunks' gradients of values and states, likewise."""
+    peaks = jnp.max(_chunk_peaks(do), axis=2) * scale
+    if dfinal is not None:
+        peaks = jnp.maximum(peaks, jnp.max(jnp.abs(dfinal), axis=(-1, -2)))
+    growth = max(math.ceil(math.log2(do.shape[1])) - 10, 0) + 2
+    return _power(-jnp.ceil(jnp.log2(jnp.maximum(peaks, TINY))) - growth)[..., None]
+
+
+def _power(exponent):
+    return jnp.ldexp(1.0, jnp.clip(exponent, -60, 60).astype(jnp.int32))
+
+
+def _decay_gradient(sums):
+    """Gradient of log2 decays [B, T, H] from the row sums of `delta_gradients`, see there."""
+    passed, read, written, kept = (jnp.sum(x.reshape(*x.shape[:3], -1, CHUNK), axis=2) for x in sums)
+    before = running_sum(jnp.pad(written[..., :-1], ((0, 0),) * 3 + ((1, 0),)))
+    grad = passed + running_sum(read, reverse=True) + before + jnp.sum(kept, axis=-1, keepdims=True)
+    return grad.reshape(*grad.shape[:2], -1).transpose(0, 2, 1) / LOG2E
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -106,7 +152,10 @@ def _delta_rule(q, k, v, beta, decay, init, scale, interpret):
 
 
 def _forward(q, k, v, beta, decay, init, scale, interpret, save=False):
-    gates, decays, pieces = _gates(beta, decay), decay is not None, delta_pieces(v)
+    decays, pieces = decay is not None, delta_pieces(v)
+    units = value_units(v, init)
+    following = jnp.concatenate([units[:, :, 1:], units[:, :, -1:]], axis=2)
+    gates = _gates(beta, decay, units, 1 / units, following / units, 1 / following)
     inverse = chunk_inverses(k, gates, decay=decays, interpret=interpret)
     moves, states = None, None if init is None else init[:, :, None]
     if pieces > 1:
@@ -115,7 +164,7 @@ def _forward(q, k, v, beta, decay, init, scale, interpret, save=False):
         states = carry_states(init, local, moves, interpret=interpret)
     out = delta_forward(q, k, v, inverse, gates, states, decay=decays, scale=scale, pieces=pieces,
                         split=value_programs(v) if pieces == 1 else 1, save=save, interpret=interpret)
-    return out, (inverse, moves)
+    return out, (inverse, moves, units)
 
 
 def _vjp_forward(q, k, v, beta, decay, init, scale, interpret):
@@ -126,23 +175,22 @@ def _vjp_forward(q, k, v, beta, decay, init, scale, interpret):
 
 
 def _vjp_backward(scale, interpret, residuals, cotangents):
-    (q, k, v, beta, decay, init), (inverse, moves), u, entering, gate_grad = residuals
+    (q, k, v, beta, decay, init), (inverse, moves, units), u, entering, gate_grad = residuals
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
-    gates, pieces = _gates(beta, decay), delta_pieces(v)
+    unit, pieces = grad_units(do, dfinal, scale), delta_pieces(v)
+    gates = _gates(beta, decay, unit, 1 / unit)
     options = dict(decay=decay is not None, scale=scale, pieces=pieces, interpret=interpret)
     states = None if dfinal is None else dfinal[:, :, None]
     if pieces > 1:
         local = delta_reverse(q, k, do, inverse, gates, None, emit="state", **options)["state"]
         states = carry_states(dfinal, local, moves, reverse=True, interpret=interpret)
     back = delta_reverse(q, k, do, inverse, gates, states, split=value_programs(v) if pieces == 1 else 1, **options)
-    grads = delta_gradients(q, k, do, u, back["dv"], entering, back["leaving"], gates, decay=decay is not None,
-                            gate_sums=gate_grad is not None, scale=scale, interpret=interpret)
+    gates = _gates(beta, decay, scale * unit, 1 / (unit * units))
+    grads = delta_gradients(q, k, do, u, back["dv16"], entering, back["leaving"], gates, decay=decay is not None,
+                            gate_sums=gate_grad is not None, interpret=interpret)
     dbeta = grads["dbeta"][:, :, 0].transpose(0, 2, 1)
-    ddecay = None
-    if gate_grad is not None:
-        inner = jnp.sum(grads["inner"].reshape(*grads["inner"].shape[:3], -1, CHUNK), axis=(2, 4))
-        ddecay = gate_gradient(jnp.sum(grads["dc"], axis=2), inner, 1)
+    ddecay = None if gate_grad is None else _decay_gradient([grads[name] for name in GATE_SUMS])
     return grads["dq"], grads["dk"], back["dv"], dbeta, ddecay, None if init is None else back["state"][:, :, 0]
 
 

@@ -1,4 +1,4 @@
-"""Scalar gates of the GPU kernels: log2 decays per chunk, and the gradient of the gates from row sums."""
+"""Scalar gates of the GPU kernels: log2 decays of tokens and chunks."""
 import jax
 import jax.numpy as jnp
 
@@ -60,22 +60,3 @@ def chunk_decays(decay):
         return None, None
     c = running_sum(by_chunk(decay))
     return c, c[..., -1]
-
-
-def gate_gradient(rows, inner, span_chunks):
-    """Gradient of log2 decays [B, T, H] from float32 row sums.
-
-    With rows_i = q_i . dq_i +- k_i . dk_i, the gradient of token t's natural log decay is the sum of rows_i over
-    t <= i <= n plus <S_n, dS_n>, for any n >= t; n is the end of t's span: over a whole sequence rounding would add up.
-    What a token gives to itself cancels in rows_i and is left out before rounding: no decay makes it small.
-
-    Args: rows [B, H, T]; inner [B, H, M] = <S, dS> after each of the M spans, the last of which may be cut short by T.
-    """
-    b_size, heads, t_size = rows.shape
-    span, spans = span_chunks * CHUNK, inner.shape[-1]
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spans * span - t_size)))
-    within = running_sum(rows.reshape(b_size, heads, spans, span_chunks, CHUNK), reverse=True)
-    chunks = within[..., 0]
-    after = running_sum(chunks, reverse=True) - chunks
-    dg = within + (after + inner[..., None])[..., None]
-    return dg.reshape(b_size, heads, spans * span)[..., :t_size].transpose(0, 2, 1) / LOG2E
