@@ -8,20 +8,22 @@ Each architecture is an IsoFLOP sweep of its own, so that every one is compared 
 of the run table (activation ratio, granularity 2 d_model / d_expert, shared ratio), 1, 0 and 0 for dense models. The
 dense FFN is as wide as the activated experts, three times the model.
 
-:cpu    two CPU cores; A from 1 to 9 % and two granularities, three budgets
+:cpu    two CPU cores; A from 9 to 60 % and two granularities, three budgets; 21 minutes by `sweeps.plan --calibrate` on
+        two cores of a GPU server
 :gpu    one GPU for half an hour, bytes of prepared text, 160M of which are read 1.5 times at most. A from 3 to 60 % at
-        G = 2, G up to 8 at A = 9 and 33 %, with or without a shared expert; three budgets, a fourth for four of the
-        architectures and a fifth for dense models, so that they reach the losses of the others. The learning rate is
-        0.7 / d_model and a step has 16384 tokens; the laws of :paper, fitted five decades higher, give 1.4 times that
-        rate and 5800 tokens at 3.2e13 FLOPs and width 96, and :gpu-lr has half and twice the rate. The weights of a
-        token's experts sum to 1 here, and "-raw" is the published way: it leaves them at 2 / experts at first, which
-        costs short runs (300 steps of 4096 tokens, width 48, 16 experts, CPU: 1.652 nats per byte instead of 1.621,
-        dense 1.747; half and twice the learning rate 1.668 and 1.740, dense 1.773 and 1.764, one seed each). 27 minutes
-        by the rates of an H200 with --workers 2 and XLA_FLAGS=--xla_gpu_enable_triton_gemm=false (beside another worker
-        a step of the dense model of width 192 takes 6.2 ms; with --xla_gpu_autotune_level=0 it took 25.6)
+        G = 2, G up to 8 at A = 9 %, with or without a shared expert; three budgets (two for A = 60 % and for no shared
+        expert), a fourth for four of the architectures and a fifth for dense models, so that they reach the losses of
+        the others. The learning rate is 0.7 / d_model and a step has 16384 tokens; the laws of :paper, fitted five
+        decades higher, give 1.4 times that rate and 5800 tokens at 3.2e13 FLOPs and width 96, and :gpu-lr has half and
+        twice the rate. The weights of a token's experts sum to 1 here, and "-raw" is the published way: it leaves them
+        at 2 / experts at first, which costs short runs (300 steps of 4096 tokens, width 48, 16 experts, CPU: 1.652 nats
+        per byte instead of 1.621, dense 1.747; half and twice the learning rate 1.668 and 1.740, dense 1.773 and 1.764,
+        one seed each). 15 to 18 minutes by the step times of an H200 with --workers 2 and
+        XLA_FLAGS=--xla_gpu_enable_triton_gemm=false (with --xla_gpu_autotune_level=0 steps take 2 to 5 times as long)
 :gpu-seeds  three seeds of the main architectures at one or two sizes of each budget: the noise between runs
 :gpu-lr     half and twice the learning rate for four architectures at one size of the second budget
-        Launch all three into one store: cells that are there are not run again. What came out:
+:gpu-small  sizes below those of :gpu, at which many mixtures are best there, and G = 8 at A = 33 %: 20 to 27 minutes
+        Launch all four into one store: cells that are there are not run again. What came out:
         analysis/notebooks/efficiency_leverage.ipynb
 :paper  the published ladder, 2e18 to 6e20 FLOPs, with its settings; needs prepared data and many GPUs. Experts are as
         wide as the model at G = 2 (the first published size has 320 of 384)
@@ -34,14 +36,17 @@ from sweeps.combine import Cell
 from sweeps.isoflop import IsoFlop
 from sweeps.rules import BATCH_RULES, LR_RULES, constant, inverse_width
 
-VARIANTS = ("cpu", "gpu", "gpu-seeds", "gpu-lr", "paper")
+VARIANTS = ("cpu", "gpu", "gpu-seeds", "gpu-lr", "gpu-small", "paper")
 
-# Compute budget: widths. The best mixtures are smaller than the best dense models. At 3.2e14 only the main ones.
+# Compute budget: widths. `MAIN` is for three activation ratios, `OTHERS` for what varies one thing at A = 9 %.
 DENSE = {
     1e13: (32, 48, 64, 96), 3.2e13: (48, 64, 96, 128), 1e14: (64, 96, 128, 192), 3.2e14: (96, 128, 192),
     1e15: (128, 192, 256),
 }  # fmt: skip
-SPARSE = {1e13: (24, 32, 48, 64), 3.2e13: (32, 48, 64, 96), 1e14: (48, 64, 96, 128), 3.2e14: (64, 96, 128)}
+MAIN = {1e13: (32, 48, 64, 96), 3.2e13: (48, 64, 96, 128), 1e14: (64, 96, 128), 3.2e14: (64, 96, 128)}
+OTHERS = {1e13: (48, 64, 96), 3.2e13: (64, 96, 128), 1e14: (64, 96, 128)}
+# Many mixtures are best at the smallest of those: one and two smaller.
+SMALL = {1e13: (24, 32, 48, 64), 3.2e13: (32, 48, 64, 96), 1e14: (48, 64, 96, 128), 3.2e14: (64, 96, 128)}
 SEEDS = {1e13: (48,), 3.2e13: (64,), 1e14: (64, 96), 3.2e14: (128,)}
 
 # Layers, width, largest budget (table of 2507.17702; its head counts beyond the first row are not given there).
@@ -125,10 +130,13 @@ def get_sweep(variant="cpu"):
             ]
         if variant == "gpu-seeds":
             return gpu(archs(dense()) | main, SEEDS, seeds=3)
-        others = [moe(4), moe(16), moe(32, granularity=4), moe(32, granularity=8), moe(8, granularity=8)]
-        others = archs(*others, moe(32, shared=0), moe(32, normalise=False))
-        cheap = {budget: SPARSE[budget] for budget in (1e13, 3.2e13, 1e14)}
-        return gpu(archs(dense()), DENSE) + gpu(main, SPARSE) + gpu(others, cheap)
+        fine, raw = [moe(32, granularity=4), moe(32, granularity=8)], moe(32, normalise=False)
+        three, two = archs(moe(16), *fine, raw), archs(moe(4), moe(32, shared=0))
+        if variant == "gpu-small":
+            fewer = {budget: SMALL[budget] for budget in OTHERS}
+            return gpu(main, SMALL) + gpu(three | two | archs(moe(8, granularity=8)), fewer)
+        cheap = {budget: OTHERS[budget] for budget in (1e13, 3.2e13)}
+        return gpu(archs(dense()), DENSE) + gpu(main, MAIN) + gpu(three, OTHERS) + gpu(two, cheap)
     return IsoFlop(
         archs=archs(dense(), *(moe(experts) for experts in (2, 4, 8, 16, 32, 64, 128, 256)),
                     *(moe(64, granularity) for granularity in (4, 8, 16))),

@@ -14,7 +14,7 @@ def test_cells_as_choices_keep_their_axes():
     ]
 
 
-@pytest.mark.parametrize("variant", ["cpu", "gpu", "gpu-seeds", "gpu-lr", "paper"])
+@pytest.mark.parametrize("variant", ["cpu", "gpu", "gpu-seeds", "gpu-lr", "gpu-small", "paper"])
 def test_labels_match_the_models_and_active_flops_the_dense_ones(variant):
     cells = make_plan(f"configs/sweeps/efficiency_leverage.py:{variant}").cells
     assert len({cell.run_id for cell in cells}) == len(cells)
