@@ -41,7 +41,20 @@ class Probed:
 
 
 def load(paths) -> Probed:
-    """Runs with probe rows of all stores and files made by `save`. Raises DataError."""
+    """Runs with probe rows of all stores and files made by `save`; of a run in several, the last. Raises DataError."""
+    lines = _lines(paths)
+    runs = pd.DataFrame([{name: line[name] for name in FACTS} for line in lines])
+    return Probed(runs, pd.concat([_rows(line) for line in lines], ignore_index=True))
+
+
+def save(paths, out) -> None:
+    """Writes a line of JSON for each run, with five digits of every value."""
+    lines = _lines(paths)
+    with open(out, "w") as file:
+        file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+
+
+def _lines(paths) -> list[dict]:
     found = {}
     for path in map(Path, paths):
         if not path.exists():
@@ -50,16 +63,7 @@ def load(paths) -> Probed:
         found |= {line["run_id"]: line for line in lines}
     if not found:
         raise DataError(f"--store {' '.join(map(str, paths))}: no run with rows of kind 'probe'")
-    runs = pd.DataFrame([{name: line[name] for name in FACTS} for line in found.values()])
-    return Probed(runs, pd.concat([_rows(line) for line in found.values()], ignore_index=True))
-
-
-def save(paths, out) -> None:
-    """Writes a line of JSON for each run, with five digits of every value."""
-    with open(out, "w") as file:
-        for path in map(Path, paths):
-            for line in _of_store(path) if path.is_dir() else _of_file(path):
-                file.write(json.dumps(line, separators=(",", ":")) + "\n")
+    return list(found.values())
 
 
 def _of_store(store: Path) -> list[dict]:

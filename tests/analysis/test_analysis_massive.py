@@ -64,6 +64,8 @@ def test_a_store_and_its_saved_lines_are_the_same_table(store, tmp_path):
     massive_activations.save([store], tmp_path / "runs.jsonl")
     again = massive_activations.load([tmp_path / "runs.jsonl"])
     assert again.rows.equals(probed.rows) and again.runs.equals(probed.runs)
+    massive_activations.save([tmp_path / "runs.jsonl", store], tmp_path / "merged.jsonl")
+    assert (tmp_path / "merged.jsonl").read_text() == (tmp_path / "runs.jsonl").read_text()
     assert probed.rows["sink_mass"].isna().mean() == 0.5
     summary = massive_activations.summary(probed).set_index("intervention")
     assert summary.loc["baseline", "seeds"] == 2 and summary.loc["baseline", "sink"] == pytest.approx(0.1)
