@@ -17,6 +17,7 @@ from tests.analysis.conftest import public_table
 EXACT = ["chinchilla", "power", "gadre", "clark", "leverage", "muennighoff", "sparsing_relu", "sparsing_limit",
          "massive_activations", "kaplan_d"]  # fmt: skip
 GENERIC = [law.name for law in all_laws().values() if law.synthetic]
+WHOLE_GRID = ["broken_power2"]  # 90 starts end in a worse minimum
 
 
 def synthetic_table(law, **kwargs):
@@ -109,7 +110,9 @@ def test_objective_of_all_245_points():
 @pytest.mark.parametrize("name", GENERIC)
 def test_every_law_is_recovered_from_synthetic_data(name):
     law = get_law(name)
-    result = fit_law(law, synthetic_table(law), Options(bootstrap=64, holdout=False))
+    # What few starts find, the whole grid finds; 90 of them share a compiled size with the bootstrap.
+    thin = 1 if name in WHOLE_GRID else -(-len(law.starts(law.held)) // 90)
+    result = fit_law(law, synthetic_table(law), Options(bootstrap=64, holdout=False, thin=thin))
     assert result.refused is None
     truth = dict(law.synthetic.params) | (law.derived(law.synthetic.params) if law.derived else {})
     found = {**result.params, **result.derived}
@@ -140,7 +143,7 @@ def test_outliers_move_the_robust_fit_less_than_least_squares():
     data = law.simulate(seed=2)
     data["loss"][:4] *= 1.3
     table = load_table(pd.DataFrame(data))
-    truth, options = law.synthetic.params["alpha"], dict(bootstrap=0, holdout=False)
+    truth, options = law.synthetic.params["alpha"], dict(bootstrap=0, holdout=False, thin=20)
     robust = fit_law(law, table, Options(**options)).values["alpha"]
     square = fit_law(law, table, Options(delta=10.0, **options)).values["alpha"]
     assert abs(robust - truth) < 0.2 * abs(square - truth)
@@ -190,7 +193,7 @@ def test_undetermined_data_are_refused_with_the_reason():
     line = law.simulate(n=30)
     line["D"] = 20 * line["N"]
     line["loss"] = law.predict(law.synthetic.params, line) * np.exp(1e-3 * np.random.default_rng(0).standard_normal(30))
-    result = fit_law(law, load_table(pd.DataFrame(line)), Options(bootstrap=100, holdout=False))
+    result = fit_law(law, load_table(pd.DataFrame(line)), Options(bootstrap=64, holdout=False, thin=60))
     assert "is not determined: interval" in result.refused
     line["D"] = np.full(30, 1e9)
     assert "column 'D' has one value only" in fit_law(law, load_table(pd.DataFrame(line)), Options()).refused
@@ -199,7 +202,7 @@ def test_undetermined_data_are_refused_with_the_reason():
     # a constant column is no reason to refuse where the parameters that it would determine are held
     bits = pd.DataFrame(get_law("precision_training").simulate())
     bits = bits[(bits["P_a"] == 16) & (bits["P_kv"] == 16)]
-    held = Options(fix={"g_a": 2.2, "g_kv": 1.0}, bootstrap=0, holdout=False)
+    held = Options(fix={"g_a": 2.2, "g_kv": 1.0}, bootstrap=0, holdout=False, thin=10)
     only = fit_law("precision_training", load_table(bits, required=tuple(bits)), held)
     assert only.refused is None and only.values["alpha"] == pytest.approx(0.35, abs=0.05)
     line = law.simulate(n=30) | {"loss": np.full(30, 2.0)}
