@@ -25,11 +25,14 @@ def _ticks(axis, values, text):
 
 
 def _points(axis, rows, x, colour, label=None):
-    """Measured leverages; open where the dense runs don't reach the loss."""
+    """Measured leverages: open where the dense runs don't reach the loss, triangles where they are lower bounds."""
     bars = np.abs(rows[["EL_lo", "EL_hi"]].to_numpy(float).T - rows["EL"].to_numpy(float))
     axis.errorbar(rows[x], rows["EL"], bars, fmt="none", ecolor=colour, elinewidth=0.9, capsize=2)
     fill = np.where(rows["extrapolated"], "white", colour)
-    axis.scatter(rows[x], rows["EL"], s=16, c=fill, edgecolors=colour, zorder=3)
+    bound = rows["edge"].to_numpy() != ""
+    for marker, chosen in (("o", ~bound), ("^", bound)):
+        at = rows[chosen]
+        axis.scatter(at[x], at["EL"], s=18, c=fill[chosen], edgecolors=colour, marker=marker, zorder=3)
     axis.plot([], [], "o", markersize=4, color=colour, label=label)
 
 
