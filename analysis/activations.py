@@ -137,7 +137,7 @@ def figure(rows: pd.DataFrame, base: str, level: float = 0.95):
     tried = rates(rows) if "lr" in rows else []
     chosen = compared(rows)
     table = differences(chosen, base, level)
-    archs = list(dict.fromkeys(rows["arch"]))
+    archs = sorted(set(rows["arch"]))
     with plots.plt.rc_context(plots.STYLE):
         result, axes = plots.new_figure(2 if len(tried) > 1 else 1)
         ax, sizes = axes[0, 0], sorted(table["d_model"].unique())
@@ -174,7 +174,7 @@ def over_training(curves: pd.DataFrame, rows: pd.DataFrame, base: str):
     from analysis import plots
 
     curves = curves[curves["step"] > 1].merge(rows[["run_id", "arch", "d_model", "seed"]], on="run_id")
-    sizes, archs = sorted(curves["d_model"].unique()), list(dict.fromkeys(rows["arch"]))
+    sizes, archs = sorted(curves["d_model"].unique()), sorted(set(rows["arch"]))
     with plots.plt.rc_context(plots.STYLE):
         result, axes = plots.new_figure(len(sizes), sharey=True)
         for ax, size in zip(axes[0], sizes, strict=True):

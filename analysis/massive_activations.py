@@ -317,6 +317,7 @@ def interventions_figure(probed: Probed, size: str | None = None):
                 ax.set_xlim(0, None)
             if column in ("residual_ratio", "residual_kurtosis", "residual_variance"):
                 ax.set_yscale("log")
+                plots.few_labels(ax.yaxis)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
