@@ -38,14 +38,14 @@ from sweeps.rules import BATCH_RULES, LR_RULES, constant, inverse_width
 
 VARIANTS = ("cpu", "gpu", "gpu-seeds", "gpu-lr", "gpu-small", "paper")
 
-# Compute budget: widths. `MAIN` is for three activation ratios, `OTHERS` for what varies one thing at A = 9 %.
+# Compute budget: widths. `MAIN` is for three activation ratios at G = 2, `OTHERS` for all other mixtures.
 DENSE = {
     1e13: (32, 48, 64, 96), 3.2e13: (48, 64, 96, 128), 1e14: (64, 96, 128, 192), 3.2e14: (96, 128, 192),
     1e15: (128, 192, 256),
 }  # fmt: skip
 MAIN = {1e13: (32, 48, 64, 96), 3.2e13: (48, 64, 96, 128), 1e14: (64, 96, 128), 3.2e14: (64, 96, 128)}
 OTHERS = {1e13: (48, 64, 96), 3.2e13: (64, 96, 128), 1e14: (64, 96, 128)}
-# Many mixtures are best at the smallest of those: one and two smaller.
+# Many mixtures are best at the smallest of those, so that smaller ones belong to the parabola.
 SMALL = {1e13: (24, 32, 48, 64), 3.2e13: (32, 48, 64, 96), 1e14: (48, 64, 96, 128), 3.2e14: (64, 96, 128)}
 SEEDS = {1e13: (48,), 3.2e13: (64,), 1e14: (64, 96), 3.2e14: (128,)}
 
