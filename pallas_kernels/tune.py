@@ -47,11 +47,10 @@ def diagonal_scan_cases(shape, dtype):
 
 def diagonal_candidates(inputs, outputs):
     """Configurations with the most stages that leave room for one program, or two, on a multiprocessor."""
-    limits = diagonal_scan.MEMORY // 2, diagonal_scan.MEMORY
-    choices = itertools.product((16, 32, 64, 128), (7, 15), (2, 4), (1, 2), limits)
-    for channels, piece, vector, warpgroups, limit in choices:
-        stages = range(2, 13, warpgroups)
-        configs = [diagonal_scan.Config(channels, piece, n, vector, warpgroups) for n in stages]
+    residents = (1, 1), (1, 2), (2, 1)  # programs of a multiprocessor, warpgroups of a program
+    for channels, piece, vector, (programs, turns) in itertools.product((16, 32, 64, 128), (7, 15), (2, 4), residents):
+        configs = [diagonal_scan.Config(channels, piece, n, vector, turns) for n in range(2, 13, turns)]
+        limit = diagonal_scan.MEMORY // programs
         configs = [c for c in configs if diagonal_scan.shared_memory(c, inputs, outputs) <= limit]
         yield from [c for c in configs[-1:] if diagonal_scan.rows(c) <= diagonal_scan.MAX_ROWS]
 
