@@ -19,7 +19,7 @@ import sys
 from pallas_kernels.gpu.bench_cases import FAMILIES
 
 ROWS = ("analysis/results/kernels/h200.json", "analysis/results/kernels/h200_delta_rule.json")
-PEERS = ("analysis/results/kernels/h100_peers.json",)
+PEERS = ("analysis/results/kernels/h100_peers_recorded.json",)
 MODES = ("fwd", "fwdbwd")
 
 
