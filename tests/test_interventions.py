@@ -16,6 +16,8 @@ from efficient_lm.norms import RMSNorm
 from efficient_lm.optim import make_optimizer
 from efficient_lm.train import make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 D = 16
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

@@ -18,6 +18,8 @@ from efficient_lm.evals.evaluate import TaskSpec, evaluate_run
 from efficient_lm.generate import load_run
 from efficient_lm.train import open_split, train
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 BASE = {
     "model": {"d_model": 16, "n_layers": 1, "vocab_size": 32, "dtype": "float32", "pattern": ("deltanet",)},
     "train": {"steps": 30, "batch_size": 8, "seq_len": 24, "steps_per_call": 10},

@@ -17,6 +17,8 @@ from efficient_lm.schema import ConfigError
 from pallas_kernels import api
 from tests.mixers.test_equivalences import B, D, H, T, close, compiled, copy, make, run
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 K = D // H
 CAUSAL = np.tril(np.ones((T, T)))
 LAGS = np.maximum(np.arange(T)[:, None] - np.arange(T), 0)

@@ -16,6 +16,8 @@ from efficient_lm.probes import PROBES, Layer
 from efficient_lm.probes.parts import median_size
 from efficient_lm.probes.run import Prober, by_layer, due, make_probe_step, next_step
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 B, T, D, H = 4, 12, 6, 3
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

@@ -11,6 +11,8 @@ from efficient_lm.config import run_id
 from efficient_lm.recorder import Stopwatch
 from efficient_lm.schema import ConfigError, to_dict
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 RUN_KEYS = """run_id name status reason sweep seed steps_done steps_total tokens params flops_per_token flops final_loss
 final_bpb final_accuracy state_bytes hardware versions code_hash
 data started updated wall_seconds mean_step_seconds peak_flops""".split()

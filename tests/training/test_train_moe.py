@@ -12,9 +12,12 @@ from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer
 from efficient_lm.train import make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROWS, LENGTH, VOCAB = 8, 16, 32
 MOE = {
     "model.n_layers": 3,
+    "model.scan_unroll": 1,  # half of the program to compile
     "model.prefix": ["attention/dense"],
     "model.pattern": ["attention/moe"],
     "model.ffns.moe": {

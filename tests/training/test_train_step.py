@@ -10,6 +10,8 @@ from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer
 from efficient_lm.train import make_eval_step, make_loss, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROWS, LENGTH, VOCAB = 8, 16, 32
 
 
