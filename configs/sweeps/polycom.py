@@ -10,7 +10,7 @@ the rate that was best for each. Under muP a rate means the same at every width,
 rates from the runs of `:gpu`. Give a GPU one or two workers (docs/log.md).
 
 :cpu        width 48, 0.4M tokens of the embedded text; 25 and 15 cells, some minutes on two cores
-:gpu        width 128, 33M tokens of prepared text; 25 and 15 cells for one GPU
+:gpu        width 128, 33M tokens of prepared text; 25 and 15 cells, the latter 97 s on an H200 with two workers
 :gpu-large  width 192, 33M tokens
 """
 

@@ -9,7 +9,7 @@ Every finished SiLU run of the middle size in the store given by `from` is the s
 another order. The penalty grows in three stages (ffn/prosparse.py), then the learning rate falls to 0 under the last.
 
 :cpu  300 steps of 8 x 128 bytes
-:gpu  1000 steps of 64 x 256 bytes
+:gpu  1000 steps of 64 x 256 bytes; nine cells in 58 s on an H200 with one worker
 """
 
 from pathlib import Path
