@@ -110,9 +110,11 @@ def read_json(path):
 
 
 def write_json(path, content) -> None:
-    """Atomic: readers see the old file or the new one."""
-    temporary = f"{path}.tmp"
-    Path(temporary).write_text(json.dumps(content, indent=1) + "\n")
+    """Atomic: readers see the old file or the new one, whoever else writes it. Makes the directory."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
 
 

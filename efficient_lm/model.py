@@ -303,10 +303,6 @@ def _plain(state):
     return nnx.to_pure_dict(state)
 
 
-def _shapes(params) -> dict:
-    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-
 def _set(tree, path, value):
     *parents, last = path.split("/")
     for parent in parents:

@@ -10,9 +10,9 @@ import os
 import socket
 import time
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
+from efficient_lm.metrics import utc_now, write_json
 from efficient_lm.schema import ConfigError
 
 # A run on another host whose files have not changed for this long counts as dead.
@@ -22,25 +22,12 @@ STATES = ("missing", "running", "stale", "done", "diverged", "failed", "preempte
 ENDED = ("done", "diverged", "failed", "preempted")
 
 
-def write_json(path, value) -> None:
-    """Writes JSON through a temporary file in the same directory and os.replace."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def read_json(path) -> dict:
     """The object in a JSON file. Raises ValueError when it holds something else."""
     value = json.loads(Path(path).read_text())
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold an object")
     return value
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class Store:
@@ -107,7 +94,7 @@ class Store:
     def claim(self, run_id: str) -> None:
         """Records that this process trains the run."""
         worker = {"pid": os.getpid(), "process_start": process_start(os.getpid()), "host": socket.gethostname()}
-        write_json(self.run_dir(run_id) / "worker.json", {**worker, "time": now()})
+        write_json(self.run_dir(run_id) / "worker.json", {**worker, "time": utc_now()})
 
     def release(self, run_id: str) -> None:
         (self.run_dir(run_id) / "worker.json").unlink(missing_ok=True)
@@ -115,7 +102,7 @@ class Store:
     def end(self, run_id: str, status: str, reason: str, **fields) -> None:
         """Sets the status of a run whose trainer could not do it itself; keeps all else in run.json."""
         run = self.run(run_id) or {"run_id": run_id, **fields}
-        write_json(self.run_dir(run_id) / "run.json", {**run, "status": status, "reason": reason, "updated": now()})
+        write_json(self.run_dir(run_id) / "run.json", {**run, "status": status, "reason": reason, "updated": utc_now()})
 
     def last_metrics(self, run_id: str, kind: str = "train") -> dict:
         """The newest row of a kind in metrics.jsonl, read from its end; {} when there is none."""
@@ -151,7 +138,7 @@ class Store:
         planned = {cell["run_id"] for cell in cells}
         earlier = [c for c in self.sweep().get("cells", []) if c["run_id"] not in planned]
         kept = [cell for cell in earlier if self.state(cell["run_id"]) != "missing"]
-        write_json(self.path / "sweep.json", {"name": name, "config": config, "time": now(), "cells": cells + kept})
+        write_json(self.path / "sweep.json", {"name": name, "config": config, "time": utc_now(), "cells": cells + kept})
 
     @contextmanager
     def locked(self):

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from efficient_lm import config as configs
+from efficient_lm.metrics import write_json
 from efficient_lm.schema import ConfigError
-from sweeps.store import read_json, write_json
+from sweeps.store import read_json
 
 _SECONDS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
 

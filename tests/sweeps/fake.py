@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from efficient_lm.config import run_id
-from sweeps.store import write_json
+from efficient_lm.metrics import write_json
 
 
 def train(config, workdir):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from efficient_lm.metrics import write_json
 from sweeps import launch, local, status, worker
 from sweeps.plan import make_plan
-from sweeps.store import Store, write_json
+from sweeps.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = "tests.sweeps.fake:train"

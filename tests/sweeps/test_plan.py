@@ -251,7 +251,7 @@ def test_calibration_measures_through_the_trainer_and_survives_a_file(sweep_file
         asked.append(config)
         from pathlib import Path
 
-        from sweeps.store import write_json
+        from efficient_lm.metrics import write_json
 
         write_json(Path(workdir) / "run.json", {"mean_step_seconds": 0.01, "steps_done": 8, "wall_seconds": 2.08})
 

@@ -7,9 +7,10 @@ import time
 
 import pytest
 
+from efficient_lm.metrics import write_json
 from efficient_lm.schema import ConfigError
 from sweeps import status
-from sweeps.store import STALE_AFTER_SECONDS, Store, process_start, write_json
+from sweeps.store import STALE_AFTER_SECONDS, Store, process_start
 
 
 @pytest.fixture
