@@ -6,10 +6,15 @@ One head and one chunk of 64 tokens, b [64, K] the inclusive in-chunk sum of log
 The gradients run the same pass from the end, dV = A^T dO + Y R, R <- diag(e^(b_63)) R + X^T dO with R = dS, and then
 make dQ, dK and the gate gradients of all chunks in parallel (`chunk_gradients`).
 
-The decay does not factor out of A, so a chunk is halved again and again. At the level with halves of `size` tokens,
-token t carries Z_t = (q_t if t is in a right half, else k_t) * e^(sum of the log decays between t and the middle of
-its block), whose exponents are <= 0, and the level's scores are the lower left blocks of Z Z^T. The sums are products
-of a matrix of zeros and ones with the decays: no differences, and no row sees later decays.
+Where no channel has decayed by more than 2^-REACH since the chunk's start, one product makes a row of A: q e^b times
+k e^-b, shifted by REACH / 2 to stay inside float32. Elsewhere the decay does not factor out of A, so a chunk that has
+such rows is halved again and again for them. At the level with halves of `size` tokens, token t carries
+Z_t = (q_t if t is in a right half, else k_t) * e^(sum of the log decays between t and the middle of its block), whose
+exponents are <= 0, and the level's scores are the lower left blocks of Z Z^T. The sums are products of a matrix of
+zeros and ones with the decays: no differences. No row sees later decays, nor do they decide how it is made.
+
+ptxas waits after every product of a kernel ("C7514") where one instruction reads an accumulator too early, and a
+negation of a product is moved to such a place: what is negated here is another factor, or taken from zero.
 """
 import jax
 import jax.numpy as jnp
@@ -37,11 +42,12 @@ from pallas_kernels.gpu.walk import walk_chunks
 
 MIN_LOG_DECAY = -100.0  # empties a float32 state; a finite stand-in for -inf
 LEVELS = 6  # halves of 32, 16, .. 1 tokens
+REACH = 120.0  # log2 decays that one product of scores can span: q e^b and k e^-b then lie within 2^-60 .. 2^60
 SQUARE = (CHUNK, CHUNK)
 
 
 class Levels:
-    """The halving of one chunk, for 64 channels, over shared-memory tiles: fp16 `g` holds the log decays, `z` gets the
+    """Decays inside one chunk, for 64 channels, over shared-memory tiles: fp16 `g` holds the log decays, `z` gets the
     weighted tokens.
     """
 
@@ -50,16 +56,33 @@ class Levels:
         self.row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=WGMMA)
         self.col = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=WGMMA)
 
-    def decay(self, keep):
-        """e^(keep [64, 64] bool times the log decays)."""
+    def log2_decay(self, keep):
+        """keep [64, 64] bool times the log decays, in log2."""
         ones = jnp.where(keep, 1.0, 0.0).astype(self.g.dtype)
-        return jnp.exp2(add_products((zeros(), ones, self.g), interpret=self.interpret)[0] * LOG2E)
+        return add_products((zeros(), ones, self.g), interpret=self.interpret)[0] * LOG2E
 
-    def weights(self, size):
-        """(right [64, 64] bool, decay factors) of the level with halves of `size` tokens."""
+    def anchored(self):
+        """How one product makes the scores of the whole chunk: (k's exponent, q's factor, least [64]).
+
+        With b the log2 decays since the chunk's start: -b for k and 2^b for q, but for a shift. Row i of the product is
+        exact where b_i stays above -REACH in every channel, whatever comes after it; q's factor is zero elsewhere.
+        least: the smallest b of each token, over the channels.
+        """
+        b = self.log2_decay(self.row >= self.col)
+        least = plgpu.layout_cast(jnp.min(b, axis=1), WGMMA.reduce(1))
+        b = jnp.maximum(b, -REACH) + REACH / 2
+        return -b, jnp.where(rows(least, SQUARE) >= -REACH, jnp.exp2(b), 0.0), least
+
+    def steps(self, least):
+        """Levels that a chunk needs: none where one product reaches all of its tokens."""
+        return jnp.where(jnp.min(least) < -REACH, LEVELS, 0)
+
+    def weights(self, size, least):
+        """(right [64, 64] bool, decay factors) of the level with halves of `size` tokens; 0 in rows that need none."""
         right = (self.row & size) != 0
         same_half = (self.row ^ self.col) < size
-        return right, self.decay(same_half & jnp.where(right, self.col - 1 < self.row, self.col > self.row))
+        b = self.log2_decay(same_half & jnp.where(right, self.col - 1 < self.row, self.col > self.row))
+        return right, jnp.where(right & (rows(least, SQUARE) >= -REACH), 0.0, jnp.exp2(b))
 
     def put(self, weighted):
         """Stores weighted tokens in `z` and returns them as stored."""
@@ -108,7 +131,7 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
             "x": jax.ShapeDtypeStruct(q.shape, dtype), "y": jax.ShapeDtypeStruct(k.shape, dtype),
             "total": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size), jnp.float32)}
     scratch = {"q": tile((n, CHUNK, BLOCK), dtype), "k": tile((n, CHUNK, BLOCK), dtype),
-               "log_decay": tile(SQUARE, jnp.float16), "z": tile(SQUARE, dtype)}
+               "x": tile((n, CHUNK, BLOCK), dtype), "log_decay": tile(SQUARE, jnp.float16), "z": tile(SQUARE, dtype)}
     if erase:
         outs |= {"w": outs["y"], "t": outs["a"], "t_low": outs["a"]}
         scratch |= {"w": scratch["k"], "t": [tile(SQUARE, dtype)] * 2, "beta": plgpu.SMEM((CHUNK,), jnp.float32)}
@@ -128,19 +151,29 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
         levels = Levels(smem["log_decay"], smem["z"], interpret)
         row, col = levels.row, levels.col
         scores = (zeros(),) * (1 + erase)  # A, and for a delta rule M
-        for b in range(n):
+        def block(b, scores):
             mine = pl.ds(b * BLOCK, BLOCK)
             decays = load_decays(gmem["g"].at[batch, here, head, mine])
             levels.g[...] = decays.astype(levels.g.dtype)
             plgpu.commit_smem()
             gmem["total"].at[batch, head, chunk, mine][...] = jnp.sum(decays, axis=0) * LOG2E
-            if b == 0:
-                plgpu.barrier_wait(loaded)
             q_tile, k_tile = smem["q"].at[b], smem["k"].at[b]
 
-            def level(i, scores, q_tile=q_tile, k_tile=k_tile):
+            exponent, reads, least = levels.anchored()
+            entering = jnp.exp2(-exponent - REACH / 2)
+            smem["x"].at[b][...] = (load(q_tile) * entering * scale).astype(dtype)
+            if erase:
+                smem["w"].at[b][...] = (load(k_tile) * -entering).astype(dtype)
+            levels.put(load(k_tile) * jnp.exp2(exponent))
+            found = []
+            for a, tokens in zip(scores, (q_tile, k_tile), strict=False):
+                left = (load(tokens) * reads).astype(dtype)
+                score, = add_products((zeros(), left, levels.z.transpose(T_CONTRACT)), interpret=interpret)
+                found.append(a + jnp.where(row > col, score, 0.0))
+
+            def level(i, scores):
                 size = lax.shift_right_logical(jnp.int32(CHUNK // 2), i)
-                right, decay = levels.weights(size)
+                right, decay = levels.weights(size, least)
                 lower = (row > col) & levels.halves_of(size)
                 levels.put(jnp.where(right, load(q_tile), load(k_tile)) * decay)
                 a = scores[0] + jnp.where(lower, levels.square(), 0.0)
@@ -149,20 +182,22 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
                 levels.put(load(k_tile) * decay)
                 return a, scores[1] + jnp.where(lower, levels.square(), 0.0)
 
-            scores = lax.fori_loop(0, LEVELS, level, scores)
+            scores = lax.fori_loop(0, levels.steps(least), level, tuple(found))
             q_own, k_own = load(q_tile), load(k_tile)
             own = jnp.where(row == col, rows(jnp.sum(q_own * k_own, axis=1), SQUARE), 0.0)
             scores = (scores[0] + own, *scores[1:])
-            k_tile[...] = (k_own * levels.decay(row < col)).astype(dtype)
-            entering = levels.decay(row >= col)
-            q_tile[...] = (q_own * entering * scale).astype(dtype)
-            if erase:
-                smem["w"].at[b][...] = (-k_own * entering).astype(dtype)
+            k_tile[...] = (k_own * jnp.exp2(levels.log2_decay(row < col))).astype(dtype)
             plgpu.commit_smem()
-            for name, out in (("q", "x"), ("w", "w")) if erase else (("q", "x"), ("k", "y")):
+            for name, out in (("x", "x"), ("w", "w")) if erase else (("x", "x"), ("k", "y")):
                 plgpu.copy_smem_to_gmem(smem[name].at[b], gmem[out].at[batch, here, head, mine])
+            return scores
+
+        plgpu.barrier_wait(loaded)
+        scores = lax.fori_loop(0, n, block, scores)
         a = scores[0] * scale
         if erase:
+            a_tile, a_low = levels.z, smem["q"].at[0]
+            a_tile[...], a_low[...] = two_parts(a, dtype)
             beta_row = rows(plgpu.load(smem["beta"], layout=WGMMA.reduce(1)), SQUARE)
             lower = jnp.where(row > col, scores[1], 0.0) * beta_row
             inverse = unit_lower_inverse(lower, levels.g, interpret=interpret)
@@ -173,8 +208,7 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
             plgpu.commit_smem()
             for name, part in (("t", t), ("t_low", t_low)):
                 plgpu.copy_smem_to_gmem(part, gmem[name].at[batch, head, chunk])
-            a, a_low = two_parts(a, dtype)
-            a, = add_products((zeros(), (a, a, a_low), (t, t_low, t)), interpret=interpret)
+            a, = products(((a_tile, a_tile, a_low), (t, t_low, t)))
             for b in range(n):
                 y_tile = smem["k"].at[b]
                 y, = products(((t.transpose(T_CONTRACT), t_low.transpose(T_CONTRACT)), (y_tile, y_tile)))
@@ -225,12 +259,12 @@ def weighted_pass(x, y, z, a, total, init, *, reverse, pieces, keep=False, inter
 def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale, interpret=None):
     """dQ, dK and the gradient of the log decays, all chunks in parallel.
 
-    With S the state entering the chunk, R the gradient of the state leaving it, W = scale dO V^T, and per level
-    D = (W + W^T between the halves) Z, which is the gradient of Z:
-      dQ = scale e^b * dO S^T + sum over levels of decay * D (right halves) + diag(W) k
-      dK = e^(b_63 - b) * V R^T + sum over levels of decay * D (left halves) + diag(W) q
-      dg_t = sum_{i >= t} (Z D of right - left halves + X * dX)_i + sum_{j < t} (Y * dY)_j + e^(b_63) rowsum(S * R)
-    A pair of tokens on one side of t enters Z D twice with opposite signs and the same rounding: only true terms stay.
+    With S the state entering the chunk, R the gradient of the state leaving it, W = scale dO V^T, and for a product of
+    scores Z Z'^T (q e^b and k e^-b, or the two halves of a level) D = W Z' and D' = W^T Z, the gradients of Z and Z':
+      dQ = scale e^b * dO S^T + sum over products of decay * D + diag(W) k
+      dK = e^(b_63 - b) * V R^T + sum over products of decay * D' + diag(W) q
+      dg_t = sum_{i >= t} (Z D - Z' D' + X * dX)_i + sum_{j < t} (Y * dY)_j + e^(b_63) rowsum(S * R)
+    A pair of tokens on one side of t enters dg twice with opposite signs and the same rounding: only true terms stay.
     In a delta rule v is U, and dv the gradient of what the state is asked to hold. Then -dV V^T takes the place of W
     for the scores of k with k, and w = -k e^b has the gradient dV S^T: both add to dK and dg likewise.
     A program makes 64 channels of one chunk.
@@ -250,6 +284,9 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
     # Lists where a tile is a product's operand by name: an operand cannot be indexed with a Python int.
     scratch = {name: [tile(SQUARE, dtype)] * n_v for name in ("do", "entering", "leaving")}
     scratch |= {name: tile((n_v, *SQUARE), dtype) for name in values[1:]}
+    scratch |= {name: [tile(SQUARE, dtype)] * 2 for name in ("do", "entering")}
+    if erase:
+        scratch["dv"] = tile((2, *SQUARE), dtype)
     scratch |= {"q": tile(SQUARE, dtype), "k": tile(SQUARE, dtype), "log_decay": tile(SQUARE, jnp.float16),
                 "carried": plgpu.SMEM((BLOCK,), jnp.float32)}
     if erase:
@@ -263,16 +300,21 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
         head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
         here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
 
-        def whole(name):
+        def tiles_of(name):
             tiles = smem[name]
-            return tuple(tiles) if isinstance(tiles, list) else tuple(tiles.at[b] for b in range(n_v))
+            return tuple(tiles[:n_v]) if isinstance(tiles, list) else tuple(tiles.at[b] for b in range(n_v))
+
+        def scores_of(name):
+            """The parts of the scores' gradients that took the place of `name`."""
+            pair = smem["do"] if name == "do" else [smem["dv"].at[b] for b in range(2)]
+            return tuple(plgpu.load(ref, layout=WGMMA) for ref in pair[: 1 + erase])
 
         for b in range(n_v):
             cols = pl.ds(b * BLOCK, BLOCK)
             for name in values:
-                plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, cols], whole(name)[b], loaded)
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, cols], tiles_of(name)[b], loaded)
             for name in ("entering", "leaving"):
-                plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine, cols], whole(name)[b], loaded)
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine, cols], tiles_of(name)[b], loaded)
         for name in ("q", "k"):
             plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, mine], smem[name], loaded)
         g_here = gmem["g"].at[batch, here, head, mine]
@@ -280,11 +322,11 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
         total_row = plgpu.load(gmem["total"].at[batch, head, chunk, mine], layout=WGMMA.reduce(1), optimized=False)
 
         def turned(name):
-            return tuple(ref.transpose(T_CONTRACT) for ref in whole(name))
+            return tuple(ref.transpose(T_CONTRACT) for ref in tiles_of(name))
 
         def between_halves(left, right, row, col):
             """What two tokens give to each other's gradients, from products of `left` rows with `right` rows."""
-            forth, back = products((whole(left), turned(right)), (whole(right), turned(left)))
+            forth, back = products((tiles_of(left), turned(right)), (tiles_of(right), turned(left)))
             return jnp.where(row >= col, forth, back)
 
         plgpu.barrier_wait(loaded)
@@ -296,63 +338,78 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
         own = rows(jnp.sum(jnp.where(row == col, w, 0.0), axis=1), SQUARE)
         if erase:
             w, w_low = two_parts(w, dtype)
-            w_erase, w_erase_low = two_parts(-between_halves("dv", "v", row, col), dtype)
+            w_erase, w_erase_low = two_parts(between_halves("dv", "v", row, col), dtype)
             held = jnp.sum(load(smem["dv"].at[part]) * load(smem["v"].at[part]), axis=1)
             gmem["held"].at[batch, head, part, here][...] = held
         else:
             w = w.astype(dtype)
-        kept = sum(jnp.sum(load(s) * load(r), axis=1) for s, r in zip(whole("entering"), whole("leaving"), strict=True))
+        states = zip(tiles_of("entering"), tiles_of("leaving"), strict=True)
+        kept = sum(jnp.sum(load(s) * load(r), axis=1) for s, r in states)
         smem["carried"][...] = kept * jnp.exp2(total_row)
         levels.g[...] = decays.astype(levels.g.dtype)
         plgpu.commit_smem()
-        dx, = products((whole("do"), turned("entering")))
-        entered = levels.decay(row >= col)
+        dx, = products((tiles_of("do"), turned("entering")))
+        exponent, reads, least = levels.anchored()
+        entered = jnp.exp2(-exponent - REACH / 2)
         dx = dx * entered * scale
         q_own, k_own = load(smem["q"]), load(smem["k"])
         dq, dk, dlog = dx + own * k_own, own * q_own, q_own * dx
         if erase:
-            d_erase, = products((whole("dv"), turned("entering")))
-            d_erase = -d_erase * entered
-            dk, dlog = dk + d_erase, dlog + k_own * d_erase
-            whole("do")[0][...], whole("dv")[0][...] = w_low, w_erase_low
-        dy, = products((whole("v"), turned("leaving")))
-        dy = dy * levels.decay(row < col)
+            d_erase, = products((tiles_of("dv"), turned("entering")))
+            d_erase = d_erase * entered
+            dk, dlog = dk - d_erase, dlog - k_own * d_erase
+            smem["do"][1][...] = w_low
+            smem["dv"].at[0][...], smem["dv"].at[1][...] = w_erase, w_erase_low
+        smem["do"][0][...] = w
+        dy, = products((tiles_of("v"), turned("leaving")))
+        dy = dy * jnp.exp2(levels.log2_decay(row < col))
         written = [smem["leaving"][0]]
         if erase:  # k * dy cancels as the scores do
-            written.append(whole("v")[0])
+            written.append(tiles_of("v")[0])
             written[0][...], written[1][...] = two_parts(k_own * dy, dtype)
         else:
             written[0][...] = (k_own * dy).astype(dtype)
         plgpu.commit_smem()
         dk = dk + dy
 
+        kinds = (("q", "do"), ("k", "dv"))[: 1 + erase]  # what reads k, and the gradient of its scores
+
+        def masked(keep, name):
+            return tuple(jnp.where(keep, part, jnp.zeros(SQUARE, dtype)) for part in scores_of(name))
+
+        back_tile = smem["entering"][1]
+        back_tile[...] = (load(smem["k"]) * jnp.exp2(exponent)).astype(dtype)
+        for name, given in kinds:
+            z = levels.put(load(smem[name]) * reads)
+            dz, = add_products((zeros(), masked(row > col, given), (back_tile,) * (1 + erase)), interpret=interpret)
+            reach, dz = z.astype(jnp.float32) * dz, dz * reads
+            dq, dk, dlog = (dq + dz, dk, dlog + reach) if name == "q" else (dq, dk - dz, dlog - reach)
+            dz, = add_products((zeros(), masked(row < col, given), (levels.z,) * (1 + erase)), interpret=interpret)
+            reach, dz = load(back_tile) * dz, dz * jnp.exp2(exponent)
+            dk, dlog = (dk + dz, dlog - reach) if name == "q" else (dk - dz, dlog + reach)
+
         def level(i, carry):
             dq, dk, dlog = carry
             size = lax.shift_right_logical(jnp.int32(CHUNK // 2), i)
-            right, decay = levels.weights(size)
+            right, decay = levels.weights(size, least)
             halves = levels.halves_of(size)
 
-            def gradient(weighted, *scores):
+            def gradient(weighted, given):
                 """(gradient of the tokens before their decay, change of dlog) through one kind of scores."""
                 z = levels.put(weighted)
-                scores = tuple(jnp.where(halves, part, jnp.zeros(SQUARE, dtype)) for part in scores)
-                dz, = add_products((zeros(), scores, (levels.z,) * len(scores)), interpret=interpret)
+                dz, = add_products((zeros(), masked(halves, given), (levels.z,) * (1 + erase)), interpret=interpret)
                 reach = z.astype(jnp.float32) * dz
                 return dz * decay, jnp.where(right, reach, -reach)
 
-            def low_part(name):
-                """Scores of a delta rule cancel against keys that look alike: their rounding would add up."""
-                return (plgpu.load(whole(name)[0], layout=WGMMA),) if erase else ()
-
-            dz, reach = gradient(jnp.where(right, load(smem["q"]), load(smem["k"])) * decay, w, *low_part("do"))
+            dz, reach = gradient(jnp.where(right, load(smem["q"]), load(smem["k"])) * decay, "do")
             dq, dk, dlog = dq + jnp.where(right, dz, 0.0), dk + jnp.where(right, 0.0, dz), dlog + reach
             if erase:
-                dz, reach = gradient(load(smem["k"]) * decay, w_erase, *low_part("dv"))
-                dk, dlog = dk + dz, dlog + reach
+                dz, reach = gradient(load(smem["k"]) * decay, "dv")
+                dk, dlog = dk - dz, dlog - reach
             return dq, dk, dlog
 
-        dq, dk, dlog = lax.fori_loop(0, LEVELS, level, (dq, dk, dlog))
-        high, low, before = smem["do"][0], levels.z, whole("dv" if erase else "v")[0]
+        dq, dk, dlog = lax.fori_loop(0, levels.steps(least), level, (dq, dk, dlog))
+        high, low, before = smem["do"][0], levels.z, tiles_of("dv" if erase else "v")[0]
         high[...], low[...] = two_parts(dlog, dtype)  # terms of dlog cancel: 16 bits of them
         before[...] = jnp.where(row > col, 1.0, 0.0).astype(dtype)
         plgpu.commit_smem()

@@ -151,7 +151,7 @@ def chunk_weights(q, k, a, b, g, segments=None, *, scale, gradient, interpret=No
         ab, = products((tiles["a"], turned(tiles["b"])))
         lower, strict = seg.earlier(row >= col, col), seg.earlier(row > col, col)
         t = smem["t"]
-        inverse = unit_lower_inverse(jnp.where(strict, -ab, 0.0), smem["half"], interpret=interpret)
+        inverse = unit_lower_inverse(jnp.where(strict, 0.0 - ab, 0.0), smem["half"], interpret=interpret)
         t[...] = inverse.astype(dtype)
         qb, qk, ak = products(*((tiles[x], turned(tiles[y])) for x, y in ("qb", "qk", "ak")))
         smem["qk"][...] = (jnp.where(lower, qk, 0.0) * scale).astype(dtype)

@@ -41,8 +41,21 @@ def columns(vector, shape):
 
 
 def add_products(*terms, interpret):
-    """[acc + a @ b for (acc, a, b) in terms], all products in flight together; a and b may be tuples, summed over."""
+    """[acc + a @ b for (acc, a, b) in terms], all products in flight together; a and b may be tuples, summed over.
+
+    Tuples of registers follow one another: two in flight for one accumulator make ptxas wait after every product of the
+    kernel ("C7514").
+    """
     terms = [(acc, a, b) if isinstance(a, tuple) else (acc, (a,), (b,)) for acc, a, b in terms]
+    rounds = max(len(left) if isinstance(left[0], jax.Array) else 1 for _, left, _ in terms)
+    if rounds > 1:
+        sums = [acc for acc, _, _ in terms]
+        for i in range(rounds):
+            now = [n for n, (_, left, _) in enumerate(terms) if i < len(left)]
+            found = add_products(*((sums[n], terms[n][1][i], terms[n][2][i]) for n in now), interpret=interpret)
+            for n, value in zip(now, found, strict=True):
+                sums[n] = value
+        return sums
 
     def onto(refs):
         for ref, (_, left, right) in zip(refs, terms, strict=True):
@@ -136,9 +149,9 @@ def unit_lower_inverse(lower, tile, *, interpret):
     for size in (2, 4, 8, 16, 32):
         x16 = x.astype(jnp.float16)
         right = _on_chip(lower, x16, tile, interpret=interpret).astype(jnp.float16)
-        z = _on_chip(x16, right, tile, interpret=interpret)
+        z = _on_chip(-x16, right, tile, interpret=interpret)
         differ = row ^ col
-        x = jnp.where((row > col) & (differ >= size) & (differ < 2 * size), -z, x)
+        x = jnp.where((row > col) & (differ >= size) & (differ < 2 * size), z, x)
     return x
 
 

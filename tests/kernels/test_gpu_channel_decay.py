@@ -1,4 +1,6 @@
 """Hopper kernels of linear attention with a decay per channel: lowered, interpreted on CPU, run on a GPU if any."""
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +55,14 @@ def test_interpreted_matches_the_reference_without_races(case, monkeypatch, caps
     else:
         got = errors(*make(1, 64, 1, 256, 128, gate_dtype=jnp.float32), interpret=interpret)
     assert max(got) < 0.005 and "RACE" not in capsys.readouterr().out, got
+
+
+@as_written
+def test_interpreted_later_decays_change_no_bit_of_earlier_outputs():
+    (q, k, v, g, _), *_ = make(1, 64, 1, 64, 64, gate=-2.0)
+    run = functools.partial(gpu.linear_attention, scale=0.1, interpret=plgpu.InterpretGPUParams())
+    first, other = (run(q, k, v, gates)[0] for gates in (g, g.at[:, 40:].multiply(200)))  # the chunk is halved then
+    assert jnp.array_equal(first[:, :40], other[:, :40]) and not jnp.array_equal(first, other)
 
 
 @on_gpu
