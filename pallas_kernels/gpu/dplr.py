@@ -35,11 +35,6 @@ def supports(q, k, v, a, b, log_decay, *, min_log_decay=None, chunk_size=None, *
     return None
 
 
-def supports_unnamed(**_):
-    """As `supports`, for calls that name no implementation."""
-    return "runs when named only, until all of its tests have passed on a GPU"
-
-
 def dplr(q, k, v, a, b, log_decay, *, scale, min_log_decay, initial_state=None, segment_ids=None, interpret=None):
     """S_t = (diag(e^log_decay_t) + b_t a_t^T) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
 

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import api, reference
+from configs.linear import get_config
+from efficient_lm.config import from_dict
+from efficient_lm.model import LM
+from pallas_kernels import api, partition, reference
 from pallas_kernels.gpu import dplr as gpu
 from tests.kernels.gpu_checks import (
+    HOPPER,
     as_written,
     assert_causal_and_repeatable,
     kernels_lowered,
@@ -82,6 +86,21 @@ def test_other_implementations_take_the_bound(implementation):
     assert jax.eval_shape(run, *arrays)[0].shape == arrays[2].shape
 
 
+@as_written
+def test_rwkv7_models_use_it_on_a_gpu(monkeypatch):
+    config = get_config("rwkv7-340M")
+    config.model.n_layers = 2
+    model = LM(from_dict(config.to_dict()).model)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(gpu, "not_hopper", lambda: None)
+    monkeypatch.setattr(partition, "per_device", lambda op: True)
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        lowered = jax.jit(lambda p, t: model(p, t)[0]).trace(params, tokens).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
 @on_gpu
 @pytest.mark.gpu
 def test_gpu_segments_match_the_reference():
@@ -115,10 +134,11 @@ def test_gpu_gate_extremes(gate):
 @on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("eta", [0.0, 0.98, 1.9])
-@pytest.mark.parametrize("keys", ["random", "repeated"])
-def test_gpu_erase_extremes(eta, keys):
-    got = errors(*make(1, 512, 2, 128, eta=eta, keys=keys, gate=-0.02, initial=True))
-    assert max(got[:2]) < 0.02, got
+@pytest.mark.parametrize("keys, bound, erasing", [("random", 0.008, 0.008), ("repeated", 0.016, 0.04)])
+def test_gpu_erase_extremes(eta, keys, bound, erasing):
+    with np.errstate(invalid="ignore"):  # without erasure the gradient of a is 0 on both sides
+        got = np.nan_to_num(errors(*make(1, 512, 2, 128, eta=eta, keys=keys, gate=-0.02, initial=True)), nan=0.0)
+    assert max(got[5:7]) < erasing and max(*got[:5], *got[7:]) < bound, got  # da, db and the rest
 
 
 @on_gpu

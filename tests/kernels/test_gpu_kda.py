@@ -58,10 +58,13 @@ def test_gpu_gate_extremes(gate):
 @on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("beta", [0.0, 0.98, 1.9])
-@pytest.mark.parametrize("keys", ["random", "repeated"])
-def test_gpu_beta_extremes(beta, keys):
-    got = errors(*make(1, 512, 2, 128, beta=beta, keys=keys, gate=-4.0, initial=True))
-    assert max(got[:2]) < 0.02, got
+@pytest.mark.parametrize("keys, bound", [("random", 0.008), ("repeated", 0.016)])
+def test_gpu_beta_extremes(beta, keys, bound):
+    with np.errstate(invalid="ignore"):
+        got = np.nan_to_num(errors(*make(1, 512, 2, 128, beta=beta, keys=keys, gate=-4.0, initial=True)), nan=0.0)
+    if beta == 0:  # gradients that are 0 on both sides; dbeta is made from U / beta, and 0 where beta is exactly that
+        got[5] = 0.0
+    assert max(got) < bound, got
 
 
 @on_gpu
