@@ -1,3 +1,4 @@
+import os
 import textwrap
 
 import pytest
@@ -286,3 +287,18 @@ def test_plan_prints_every_cell_and_totals(sweep_file, capsys, tmp_path):
     assert all(any(c.run_id in line and "missing" in line for line in lines) for c in cells)
     assert lines[-1].startswith(f"{len(cells)} cells") and "0 done" in lines[-1]
     assert not (tmp_path / "none").exists()
+
+
+def test_calibration_has_the_cores_of_a_worker_from_the_first_use_of_jax(sweep_file, tmp_path, monkeypatch):
+    """Counting FLOPs starts JAX, whose threads keep to the cores that they began with."""
+    cores, real, seen = os.sched_getaffinity(0), planning.make_plan, []
+
+    def make_plan(*arguments):
+        seen.append(os.sched_getaffinity(0))
+        return real(*arguments)
+
+    monkeypatch.setattr(planning, "make_plan", make_plan)
+    monkeypatch.setattr(Calibration, "measure", lambda self, cells: None)
+    arguments = ["--calibrate", "--workers", str(len(cores)), "--calibration", str(tmp_path / "calibration.json")]
+    assert planning.main(["--config", sweep_file(LADDER_FILE), *arguments]) == 0
+    assert seen == [{min(cores)}] and os.sched_getaffinity(0) == cores

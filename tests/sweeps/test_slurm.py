@@ -37,6 +37,7 @@ def test_a_job_returns_the_status_of_its_run(tmp_path):
 
 
 def test_a_trainer_that_refuses_leaves_a_failed_run_with_its_last_line(tmp_path):
+    Store(tmp_path / "store").end("abc", "preempted", "stopped")  # by an earlier job
     assert job(tmp_path, "fail")() == "failed"
     run = Store(tmp_path / "store").run("abc")
     assert run["reason"] == "trainer exited with code 2: config.x = 3: no"
