@@ -138,8 +138,9 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     pieces = count_pieces(*q.shape[:3], v.shape[-1])
     c, total = chunk_decays(decay)
     transposed = None if states is None else states.swapaxes(-1, -2)
-    dq = decay_pass(do, v, k, c, total, transposed, None if saved is None else q, scale=scale, reverse=False,
-                    pieces=pieces, stages=2, save_every=SAVE_EVERY, interpret=interpret)
+    gates = dict(u=None) if saved is None else dict(u=q, save_every=SAVE_EVERY)
+    dq = decay_pass(do, v, k, c, total, transposed, scale=scale, reverse=False, pieces=pieces, stages=2,
+                    interpret=interpret, **gates)
     if total is not None:
         c = total[..., None] - c
     unscaled = None if dfinal is None else dfinal / scale
