@@ -5,7 +5,8 @@
 The dense twin has, in place of each mixture, an FFN as wide as the experts that a token activates. Timed are whole
 training steps of both (train.grad_accum micro-batches of --rows sequences and one update, random tokens), forward and
 backward of one FFN layer, its experts alone, their matrix products and gradients one by one, and the other parts of the
-mixture. TFLOP/s count the rows that tokens chose, not padding. Medians of calls queued back to back.
+mixture, with the casts of the experts' float32 parameters and gradients (the rest of a layer: shared experts, losses
+and statistics). TFLOP/s count the rows that tokens chose, not padding. Medians of calls queued back to back.
 """
 
 import json
@@ -130,7 +131,12 @@ def parts(cfg, rows: int) -> dict:
     order = jax.jit(lambda experts: dispatch.sort_by_expert(experts, moe.n_experts))
     slots, sources, sizes = order(experts)
     part = Part(lambda key, layer=0: Bank(moe, model, Maker(key, model, layer)), 0)
-    bank = jax.tree.map(lambda leaf: leaf.astype(model.dtype), part.init(keys[2], 0))
+    masters = part.init(keys[2], 0)
+
+    def cast(params):
+        return jax.tree.map(lambda leaf: leaf.astype(model.dtype), params)
+
+    bank = jax.jit(cast)(masters)
     packed = jax.jit(dispatch.scatter_tokens)(x, slots, sources)
     scale = jax.jit(dispatch.scatter_choices)(weights, slots, sources)
     alone = both_ways(
@@ -144,6 +150,7 @@ def parts(cfg, rows: int) -> dict:
         "experts": alone | {"tflops": flops / alone["ms"] / 1e9},
         "products": products(moe, bank, packed, sizes),
         "combine": both_ways(dispatch.combine, packed, slots, sources),
+        "casts": both_ways(cast, masters),
         "largest load / mean": float(jnp.max(sizes) / jnp.mean(sizes)),
     }
 

@@ -136,11 +136,11 @@ def test_gpu_kernels_interpreted(sizes, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     lhs, rhs, dy = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((256, 128), (4, 128, 256), (256, 256)))
     matrices = tuple(jnp.split(rhs, 2, axis=2))
-    bounds = gpu.group_bounds(jnp.asarray(sizes))
+    starts = gpu.group_starts(jnp.asarray(sizes))
     got = (
-        gpu.rows_times(lhs, matrices, bounds, transpose=False, interpret=interpret),
-        gpu.rows_times(dy, matrices, bounds, transpose=True, interpret=interpret),
-        jnp.concatenate(gpu.outer_products(lhs, dy, bounds, parts=2, interpret=interpret), axis=2),
+        gpu.rows_times(lhs, matrices, starts, transpose=False, interpret=interpret),
+        gpu.rows_times(dy, matrices, starts, transpose=True, interpret=interpret),
+        jnp.concatenate(gpu.outer_products(lhs, dy, starts, 4, parts=2, interpret=interpret), axis=2),
     )
     want = gradients(*(a.astype(jnp.float32) for a in (lhs, rhs)), jnp.asarray(sizes), dy, "reference")
     for x, y in zip(got, want, strict=True):
