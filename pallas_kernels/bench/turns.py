@@ -4,11 +4,13 @@
 others wait. What raises an error, or kills its process, costs that task (and those the process holds) and no other.
 """
 
+import contextlib
 import multiprocessing
 import time
 from multiprocessing.connection import wait
 
 GRACE = 60  # seconds for what still compiles at the limit, before its process is killed
+EXIT = 20  # seconds for a process to end
 
 
 def attempt(f, *arguments):
@@ -69,18 +71,20 @@ def compile_all(tasks, prepare, jobs, limit):
 
 
 def run_all(tasks, holders, *arguments):
-    """Yields (task, result, error) of the tasks held, in their order.
+    """Yields (task, result, error) of the tasks held: all of the process that holds the first, then of the next.
 
-    A process ends with its last task, and so gives back the memory that it has taken.
+    A process ends with its last task, and so gives back the memory that it has taken before another takes its own.
     """
-    tasks = [task for task in tasks if task in holders]
-    for i, task in enumerate(tasks):
-        process = holders[task]
-        try:
-            process.send((task, arguments))
-            result, error = process.recv()
-            if process not in map(holders.get, tasks[i + 1 :]):
-                process.send(None)
-        except (EOFError, OSError):
-            result, error = None, "its process died"
-        yield task, result, error
+    for process in dict.fromkeys(holders[task] for task in tasks if task in holders):
+        for task in tasks:
+            if holders.get(task) is not process:
+                continue
+            try:
+                process.send((task, arguments))
+                result, error = process.recv()
+            except (EOFError, OSError):
+                result, error = None, "its process died"
+            yield task, result, error
+        with contextlib.suppress(OSError):
+            process.send(None)
+            process.poll(EXIT)  # until the connection breaks
