@@ -178,7 +178,7 @@ def test_the_command_writes_rows_of_all_checkpoints_and_goes_on(run, tmp_path, c
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--run", "nowhere"], "has no checkpoint"),
+        (["--run", "nowhere"], "is no run directory"),
         (["--store", "nowhere"], "no such directory"),
         (["--run", "x", "--methods", "cet"], "did you mean 'cett'"),
         (["--run", "x", "--dials", "1.5"], "--dials 1.5: must be a number in 0..1"),
