@@ -5,6 +5,7 @@
 
 `--write` puts the tables between the lines <!-- kernels: full --> (or short) and <!-- kernels: end --> of the files. A
 row of a later `--rows` or `--peers` file takes the place of an earlier one. A cell holds forward / forward + backward.
+Rows of a file with a "note" (on what sets its timings apart) carry a star; the note stands below the table.
 
 A file of `--peers` is {"device", "date", "rows": [{"family", "name", "shape", "mode", "kernel_ms", "ms"}]}: `family` as
 in `bench_cases`, `name` to print, `mode` fwd or fwdbwd, `kernel_ms` without launches (a CUDA graph) and `ms` with the
@@ -18,22 +19,24 @@ import sys
 
 from pallas_kernels.gpu.bench_cases import FAMILIES
 
-ROWS = ("analysis/results/kernels/h200.json", "analysis/results/kernels/h200_delta_rule.json")
-PEERS = ("analysis/results/kernels/h100_peers_recorded.json",)
+ROWS = ("analysis/results/kernels/h100_earlier.json", "analysis/results/kernels/h100.json")
+PEERS = ("analysis/results/kernels/h100_peers_recorded.json", "analysis/results/kernels/h100_peers.json")
 MODES = ("fwd", "fwdbwd")
 
 
 def read(paths):
     """(documents, {(family, implementation, shape): {mode: row}}, {family: errors}) of the benchmark's files."""
-    rows, errors, docs = {}, {}, []
+    rows, errors, docs, notes = {}, {}, [], 0
     for path in paths:
         with open(path) as f:
             docs.append(json.load(f))
+        notes += "note" in docs[-1]
+        docs[-1]["star"] = "*" * notes if "note" in docs[-1] else ""
         for row in docs[-1]["rows"]:
             if "errors" in row:
                 errors[row["family"]] = row["errors"]
             elif "failed" not in row:
-                row |= {"device": docs[-1]["device"], "date": docs[-1].get("date")}
+                row |= {key: docs[-1].get(key) for key in ("device", "date", "star")}
                 rows.setdefault((row["family"], row["implementation"], tuple(row["shape"])), {})[row["mode"]] = row
     return docs, rows, errors
 
@@ -60,6 +63,10 @@ def read_peers(paths):
 
 def _pair(modes, key, digits, unit=1):
     return " / ".join(f"{unit * modes[m][key]:.{digits}f}" for m in MODES if key in modes.get(m, ()))
+
+
+def _shape(own, shape):
+    return f"{', '.join(map(str, shape))} {own['fwd']['star']}".strip()
 
 
 def _against(own, peers):
@@ -112,7 +119,7 @@ def full(rows, peers):
                     )
                 ]
                 xla = _pair(rows.get((name, "xla", shape), {}), "kernel_ms", 2)
-                cells = [name, ", ".join(map(str, shape)), *cells, xla, _against(own, peers.get((name, shape), {}))]
+                cells = [name, _shape(own, shape), *cells, xla, _against(own, peers.get((name, shape), {}))]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -128,7 +135,7 @@ def short(rows, peers):
         if own := rows.get((name, family.implementation, shape)):
             cells = [
                 name,
-                ", ".join(map(str, shape)),
+                _shape(own, shape),
                 _pair(own, "kernel_ms", 3),
                 _pair(own, "of_floor", 0, 100),
                 _against(own, peers.get((name, shape), {})),
@@ -166,8 +173,12 @@ def main(argv=None):
     worst = "; ".join(
         f"{name}: " + ", ".join(f"{a} {e:.4f}" for a, e in found.items()) for name, found in errors.items()
     )
-    notes = f"{limits}." + (f"\n\nRelative errors against the float64 recurrence. {worst}." if worst else "")
-    tables = {"full": full(rows, peers) + f"\n\n{notes}", "short": short(rows, peers)}
+    notes = [f"\\{doc['star']} {doc['note']}." for doc in docs if doc["star"]]
+    errors = [f"Relative errors against the float64 recurrence. {worst}."] if worst else []
+    tables = {
+        "full": "\n\n".join([full(rows, peers), *notes, f"{limits}.", *errors]),
+        "short": "\n\n".join([short(rows, peers), *notes]),
+    }
     if not args.write:
         print("\n\n".join(tables.values()))
     for path in args.write or ():
