@@ -35,6 +35,8 @@ def test_exit_codes(status, code, capsys):
         (["--config", "configs/dense.py:tinny"], "did you mean 'tiny'"),
         (["--config", DENSE, "--config.model.d_modle=3"], "did you mean 'd_model'"),
         (["--config", DENSE, "--config.train.steps=many"], "config.train.steps = 'many': must be int"),
+        (["--config", "README.md"], "config = 'README.md': must be a Python file"),
+        (["--config", DENSE, "--config.optim.lr=1e999"], "config.optim.lr = inf: must be finite"),
         (["--config", DENSE, "--config.train.steps=0"], "config.train.steps = 0: must be at least 1"),
         (["--config", DENSE, "--config.model.pattern=atention"], "did you mean 'attention'"),
         (["--config", DENSE, "--steps=3"], "unrecognized arguments: --steps=3"),
@@ -45,6 +47,17 @@ def test_bad_input_is_one_line_and_code_2(argv, message, capsys):
     assert cli.main(fake("done"), ["--workdir", "w", *argv]) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'cuda'"), AssertionError()])
+def test_absent_devices_are_one_line_and_code_2(error, capsys, monkeypatch):
+    def devices():
+        raise error
+
+    monkeypatch.setattr("jax.devices", devices)
+    assert cli.main(fake("done"), ["--config", DENSE, "--workdir", "w"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: JAX_PLATFORMS = 'cpu': JAX finds no such device here") and err.count("\n") == 1
 
 
 def test_help_lists_every_field_with_its_meaning(capsys):

@@ -75,6 +75,13 @@ def test_workdir_that_can_not_be_one(small, train_one, tmp_path):
         train_one(small(), tmp_path / "file")
 
 
+def test_a_config_that_cannot_be_read_is_not_overwritten(small, train_one, tmp_path):
+    (tmp_path / "config.json").write_text('{"model": ')
+    with pytest.raises(ConfigError, match="its config.json can't be read; delete it to go on"):
+        train_one(small(), tmp_path)
+    assert (tmp_path / "config.json").read_text() == '{"model": '
+
+
 def test_divergence_stops_the_run_and_keeps_its_rows(small, train_one, tmp_path):
     cfg = small(**{"optim.lr": 1e30, "optim.warmup": 0.0, "optim.clip_norm": 0.0, "train.checkpoint_every": 1})
     info = train_one(cfg, tmp_path / "run")
