@@ -254,7 +254,8 @@ def plan_from_arguments(args, overrides, store: Store | None) -> Plan:
     budget = parse_budget(args.budget) if args.budget else None
     calibration = Calibration.read(args.calibration)
     # Planning starts JAX (which operator serves depends on the device), and with it the threads that are timed.
-    with _on_cores_of_a_worker(default_workers(args.workers)) if args.calibrate else contextlib.nullcontext():
+    cores = _on_cores_of_a_worker(default_workers(args.workers)) if args.calibrate else contextlib.nullcontext()
+    with cores, _memory_for_workers():
         hardware.require_devices()
         plan = make_plan(args.config, overrides)
         if args.where:
@@ -282,6 +283,21 @@ def _on_cores_of_a_worker(workers: int):
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def _memory_for_workers():
+    """JAX that starts here does not reserve most of a GPU's memory, as it does by default and in the workers."""
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def default_workers(asked: int | None) -> int:

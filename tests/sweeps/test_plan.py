@@ -302,3 +302,12 @@ def test_calibration_has_the_cores_of_a_worker_from_the_first_use_of_jax(sweep_f
     arguments = ["--calibrate", "--workers", str(len(cores)), "--calibration", str(tmp_path / "calibration.json")]
     assert planning.main(["--config", sweep_file(LADDER_FILE), *arguments]) == 0
     assert seen == [{min(cores)}] and os.sched_getaffinity(0) == cores
+
+
+def test_planning_leaves_the_memory_of_a_gpu_to_the_workers(sweep_file, monkeypatch):
+    """JAX reserves most of a GPU where it starts, and a launcher that plans starts it."""
+    name, real, seen = "XLA_PYTHON_CLIENT_PREALLOCATE", planning.hardware.require_devices, []
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(planning.hardware, "require_devices", lambda: (seen.append(os.environ.get(name)), real()))
+    assert planning.main(["--config", sweep_file(LADDER_FILE)]) == 0
+    assert seen == ["false"] and name not in os.environ
