@@ -10,6 +10,8 @@ Every multiprocessor holds one program, whose warpgroups take chunks in turn on 
 instructions, so the masks of a level come from one comparison, and the next chunk is on its way meanwhile.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -33,28 +35,34 @@ PROGRAMS = 132  # multiprocessors of an H100 or H200
 GROUP = 3  # warpgroups of a program: 168 registers a thread; four spill
 
 
-def chunk_inverses(k, gates, *, decay, group=GROUP, interpret=None):
-    """T [B, H, N, 64, 64] fp16 of every chunk of k [B, T, H, K], from gates float32 [B, H, N, 3, 64]: c, beta, .."""
+def chunk_inverses(k, v, gates, *, decay, group=GROUP, interpret=None):
+    """T of every chunk of k [B, T, H, K], and the largest magnitude of each token's v [B, T, H, V] while at it.
+
+    Args: gates float32 [B, H, N, 2, 64], c and beta.
+    Returns: T [B, H, N, 64, 64] fp16, peaks float32 [B, H, N, 64].
+    """
     b_size, t_size, heads, k_size = k.shape
     chunks = t_size // CHUNK
-    blocks = range(k_size // BLOCK)
+    blocks, value_blocks = range(k_size // BLOCK), range(v.shape[-1] // BLOCK)
     items = b_size * heads * chunks
     programs = min(PROGRAMS, pl.cdiv(items, group))
     workers = programs * group
     square = tile((group, CHUNK, CHUNK), jnp.float16)
     scratch = dict(
         k=tile((group, len(blocks), CHUNK, BLOCK), k.dtype),
+        v=tile((group, len(value_blocks), CHUNK, BLOCK), v.dtype),
         x=square,
         y=square,
-        gates=plgpu.SMEM((group, 3, CHUNK), jnp.float32),
+        gates=plgpu.SMEM((group, 2, CHUNK), jnp.float32),
         out=square,
     )
 
-    def body(k_ref, gates_ref, out_ref, smem, loaded):
+    def body(k_ref, v_ref, gates_ref, out_ref, peaks_ref, smem, loaded):
         wg = lax.axis_index("wg")
         worker = lax.axis_index("program") * group + wg
         mine = lax.div(items - worker + workers - 1, jnp.int32(workers))
-        k_tiles, loaded = tuple(smem["k"].at[wg, b] for b in blocks), loaded.at[wg]
+        k_tiles, v_tiles = (tuple(smem[n].at[wg, b] for b in r) for n, r in (("k", blocks), ("v", value_blocks)))
+        loaded = loaded.at[wg]
         c_tile, out = smem["gates"].at[wg, 0], smem["out"].at[wg]
 
         def place(i):
@@ -64,9 +72,10 @@ def chunk_inverses(k, gates, *, decay, group=GROUP, interpret=None):
 
         def load(i):
             batch, head, chunk = place(i)
-            for b in blocks:
-                src = k_ref.at[batch, pl.ds(chunk * CHUNK, CHUNK), head, pl.ds(b * BLOCK, BLOCK)]
-                plgpu.copy_gmem_to_smem(src, k_tiles[b], loaded)
+            for ref, tiles in ((k_ref, k_tiles), (v_ref, v_tiles)):
+                for b, dst in enumerate(tiles):
+                    src = ref.at[batch, pl.ds(chunk * CHUNK, CHUNK), head, pl.ds(b * BLOCK, BLOCK)]
+                    plgpu.copy_gmem_to_smem(src, dst, loaded)
             plgpu.copy_gmem_to_smem(gates_ref.at[batch, head, chunk], smem["gates"].at[wg], loaded)
 
         def times(left, right, ref):  # `ref` was last read before another tile was committed: no barrier is needed here
@@ -91,6 +100,8 @@ def chunk_inverses(k, gates, *, decay, group=GROUP, interpret=None):
             minus, minus_low = (plgpu.layout_cast(part, WGMMA) for part in two_parts(scores, jnp.float16))
             x = jnp.where(row == col, 1.0, jnp.where((row == col + 1) & ((row & 1) == 1), scores, 0.0))
             x = plgpu.layout_cast(x.astype(jnp.float16), WGMMA)
+            peaks = (jnp.max(jnp.abs(plgpu.load(ref, layout=WGMMA).astype(jnp.float32)), axis=1) for ref in v_tiles)
+            peaks_ref.at[place(i)][...] = functools.reduce(jnp.maximum, peaks)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.commit_smem()  # all have read this chunk
 
@@ -114,12 +125,18 @@ def chunk_inverses(k, gates, *, decay, group=GROUP, interpret=None):
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((b_size, heads, chunks, CHUNK, CHUNK), jnp.float16),
-        scratch_types=(scratch, plgpu.Barrier(num_arrivals=1 + len(blocks), num_barriers=group)),
+        out_type=(
+            jax.ShapeDtypeStruct((b_size, heads, chunks, CHUNK, CHUNK), jnp.float16),
+            jax.ShapeDtypeStruct((b_size, heads, chunks, CHUNK), jnp.float32),
+        ),
+        scratch_types=(
+            scratch,
+            plgpu.Barrier(num_arrivals=1 + len(blocks) + len(value_blocks), num_barriers=group),
+        ),
         grid=(programs,),
         grid_names=("program",),
         num_threads=group,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
-    )(k, gates)
+    )(k, v, gates)

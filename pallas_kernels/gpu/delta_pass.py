@@ -472,27 +472,32 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, gate_su
             tot = smem["gates"][C, CHUNK - 1]
             from_start = rows(jnp.exp2(c_row), dq.shape)
             dq, erased, written = dq * from_start, erased * from_start, written * rows(jnp.exp2(tot - c_row), dq.shape)
+        sums = ()
         if gate_sums:
             row, col = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA) for axis in (0, 1))
             pairs.at[first][...], pairs.at[second][...] = given
             ones[...] = jnp.where(row > col, 1.0, 0.0).astype(dtype)
-            plgpu.commit_smem()
-            passed = sum(products((ones, turned(pairs.at[first])), (ones, turned(pairs.at[second]))))
             kept = 0.0
             for b in range(n):
                 s, r = (load(smem[name].at[:, pl.ds(b * BLOCK, BLOCK)]) for name in ("entering", "leaving"))
                 kept = kept + jnp.sum(s * r, axis=1)
-            totals = {"passed": jnp.sum(jnp.where(row <= col, passed, 0.0), axis=1),
-                      "read": jnp.sum(load(q_tile) * dq + load(k_tile) * erased, axis=1),
+            totals = {"read": jnp.sum(load(q_tile) * dq + load(k_tile) * erased, axis=1),
                       "written": jnp.sum(load(k_tile) * written, axis=1),
                       "kept": kept * jnp.exp2(tot) if decay else kept}
+            zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
+            sums = tuple((zero, ones, turned(pairs.at[half])) for half in (first, second))
+        plgpu.commit_smem()
+
+        def through(scores):
+            return ((dq, scores.at[first], k_tile), (erased, scores.at[second], k_tile),
+                    (written, turned(scores), smem["qk"]))
+
+        dq, erased, written, *passed = add_products(*through(smem["scores"]), *sums, interpret=interpret)
+        dq, erased, written = add_products(*through(low), interpret=interpret)
+        if gate_sums:
+            totals["passed"] = jnp.sum(jnp.where(row <= col, sum(passed), 0.0), axis=1)
             for name in GATE_SUMS:
                 gmem[name].at[batch, head, part, here][...] = totals[name] * one
-        plgpu.commit_smem()
-        for scores in (smem["scores"], low):
-            dq, erased, written = add_products(
-                (dq, scores.at[first], k_tile), (erased, scores.at[second], k_tile),
-                (written, turned(scores), smem["qk"]), interpret=interpret)
         own = rows(own, dq.shape)
         dq, dk = (dq + own * load(k_tile)) * one, (erased + written + own * load(q_tile)) * one
         plgpu.commit_smem()  # a barrier: all have read the scores

@@ -13,14 +13,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gpu import kda
 from pallas_kernels.gpu.delta_carry import carry_states
 from pallas_kernels.gpu.delta_inverse import chunk_inverses
 from pallas_kernels.gpu.delta_pass import GATE_SUMS, TINY, delta_forward, delta_gradients, delta_reverse
-from pallas_kernels.gpu.gates import LOG2E, by_chunk, chunk_decays, pad_tokens, running_sum, token_decays
+from pallas_kernels.gpu.gates import LOG2E, by_chunk, chunk_decays, pad_tokens, token_decays
 from pallas_kernels.gpu.head_parts import HeadParts
 from pallas_kernels.gpu.pieces import MIN_PIECE_CHUNKS, value_programs
 from pallas_kernels.gpu.tiles import CHUNK, not_hopper
@@ -50,7 +49,8 @@ def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segm
 
     Args:
       q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K 64 or 128, V a multiple of K up to 256, any T;
-        beta |k|^2 <= 2. Values wider than keys run as several heads of K channels.
+        beta |k|^2 <= 2. Values wider than keys run as several heads of K channels. Without decays per channel q and k
+        become fp16: rows of a norm below 1e-4 lose digits, entries beyond 65504 overflow. v may have any magnitude.
       beta: [B, T, H] in [0, 2]; where it is exactly 0 (a masked token) its gradient is given as 0.
       log_decay: None, [H], [B, T, H] or [B, T, H, K] (rounded, see `kda`), natural log, <= 0.
       initial_state: float32 [B, H, K, V] or None for zero.
@@ -94,39 +94,39 @@ def delta_pieces(v):
     return -(-chunks // per_piece)
 
 
-def _gates(beta, decay, *factors):
-    """float32 [B, H, N, 3, 64]: in-chunk log2 decays, beta and `factors` [B, H, N], see `delta_pass`."""
+def _gates(beta, decay):
+    """float32 [B, H, N, 2, 64]: in-chunk log2 decays and beta."""
     beta = by_chunk(beta)
     c, _ = chunk_decays(decay)
-    factors = [jnp.broadcast_to(x, beta.shape[:3]) for x in factors]
-    factors = jnp.pad(jnp.stack(factors, axis=-1), ((0, 0),) * 3 + ((0, CHUNK - len(factors)),))
-    return jnp.stack([jnp.zeros_like(beta) if c is None else c, beta, factors], axis=3)
+    return jnp.stack([jnp.zeros_like(beta) if c is None else c, beta], axis=3)
 
 
-def _chunk_peaks(x):
-    """Largest magnitude in every chunk of x [B, T, H, D]: float32 [B, H, N]."""
-    b_size, t_size, heads, size = x.shape
-    x = jnp.abs(x).reshape(b_size, t_size // CHUNK, CHUNK, heads, size)
-    return jnp.max(x, axis=(2, 4)).transpose(0, 2, 1).astype(jnp.float32)
+def _with_factors(gates, *factors):
+    """gates [B, H, N, 3, 64] with `factors` [B, H, N] in the third row, see `delta_pass`."""
+    factors = jnp.stack([jnp.broadcast_to(x, gates.shape[:3]) for x in factors], axis=-1)
+    factors = jnp.pad(factors, ((0, 0),) * 3 + ((0, CHUNK - factors.shape[-1]),))
+    return jnp.concatenate([gates, factors[..., None, :]], axis=3)
 
 
-def value_units(v, init):
+def value_units(peaks, init):
     """Powers of two [B, H, N] by which the chunks' values and states are multiplied to fit fp16 with room to grow.
 
     A column of the state grows by at most 2 |v| per token, for beta |k|^2 <= 2. Steps of 2^8 keep the unit, and so
     the rounding of what is below fp16's normal range, from changing with every large value.
+
+    Args: peaks [B, H, N], the largest magnitude among each chunk's values; init [B, H, K, V] or None.
     """
-    peaks = _chunk_peaks(v)
+    so_far = jnp.max(jnp.where(jnp.tri(peaks.shape[2], dtype=bool), peaks[:, :, None], 0.0), axis=3)
     if init is not None:
-        peaks = peaks.at[:, :, 0].max(jnp.max(jnp.abs(init), axis=(-1, -2)))
-    exponent = jnp.ceil(jnp.log2(jnp.maximum(lax.cummax(peaks, axis=2), TINY)) / 8 - 0.5) * 8 + 4
+        so_far = jnp.maximum(so_far, jnp.max(jnp.abs(init), axis=(-1, -2))[..., None])
+    exponent = jnp.ceil(jnp.log2(jnp.maximum(so_far, TINY)) / 8 - 0.5) * 8 + 4
     growth = jnp.maximum(jnp.ceil(jnp.log2(1.0 + jnp.arange(peaks.shape[2]))) - 4, 0)
     return _power(-exponent - growth)
 
 
 def grad_units(do, dfinal, scale):
     """A power of two [B, H, 1] for all chunks' gradients of values and states, likewise."""
-    peaks = jnp.max(_chunk_peaks(do), axis=2) * scale
+    peaks = jnp.max(jnp.abs(do), axis=(1, 3)).astype(jnp.float32) * scale
     if dfinal is not None:
         peaks = jnp.maximum(peaks, jnp.max(jnp.abs(dfinal), axis=(-1, -2)))
     growth = max(math.ceil(math.log2(do.shape[1])) - 10, 0) + 2
@@ -140,8 +140,10 @@ def _power(exponent):
 def _decay_gradient(sums):
     """Gradient of log2 decays [B, T, H] from the row sums of `delta_gradients`, see there."""
     passed, read, written, kept = (jnp.sum(x.reshape(*x.shape[:3], -1, CHUNK), axis=2) for x in sums)
-    before = running_sum(jnp.pad(written[..., :-1], ((0, 0),) * 3 + ((1, 0),)))
-    grad = passed + running_sum(read, reverse=True) + before + jnp.sum(kept, axis=-1, keepdims=True)
+    ones = jnp.ones((CHUNK, CHUNK), jnp.float32)
+    from_here_or_before = jnp.concatenate([jnp.tril(ones), jnp.triu(ones, 1)])
+    sides = jnp.matmul(jnp.concatenate([read, written], axis=-1), from_here_or_before, precision="highest")
+    grad = passed + sides + jnp.sum(kept, axis=-1, keepdims=True)
     return grad.reshape(*grad.shape[:2], -1).transpose(0, 2, 1) / LOG2E
 
 
@@ -153,18 +155,19 @@ def _delta_rule(q, k, v, beta, decay, init, scale, interpret):
 
 def _forward(q, k, v, beta, decay, init, scale, interpret, save=False):
     decays, pieces = decay is not None, delta_pieces(v)
-    units = value_units(v, init)
+    gates = _gates(beta, decay)
+    inverse, peaks = chunk_inverses(k, v, gates, decay=decays, interpret=interpret)
+    units = value_units(jnp.max(peaks, axis=-1), init)
     following = jnp.concatenate([units[:, :, 1:], units[:, :, -1:]], axis=2)
-    gates = _gates(beta, decay, units, 1 / units, following / units, 1 / following)
-    inverse = chunk_inverses(k, gates, decay=decays, interpret=interpret)
+    walk_gates = _with_factors(gates, units, 1 / units, following / units, 1 / following)
     moves, states = None, None if init is None else init[:, :, None]
     if pieces > 1:
-        local, moves = delta_forward(None, k, v, inverse, gates, None, decay=decays, scale=scale, pieces=pieces,
+        local, moves = delta_forward(None, k, v, inverse, walk_gates, None, decay=decays, scale=scale, pieces=pieces,
                                      interpret=interpret).values()
         states = carry_states(init, local, moves, interpret=interpret)
-    out = delta_forward(q, k, v, inverse, gates, states, decay=decays, scale=scale, pieces=pieces,
+    out = delta_forward(q, k, v, inverse, walk_gates, states, decay=decays, scale=scale, pieces=pieces,
                         split=value_programs(v) if pieces == 1 else 1, save=save, interpret=interpret)
-    return out, (inverse, moves, units)
+    return out, (inverse, moves, gates, units)
 
 
 def _vjp_forward(q, k, v, beta, decay, init, scale, interpret):
@@ -175,19 +178,20 @@ def _vjp_forward(q, k, v, beta, decay, init, scale, interpret):
 
 
 def _vjp_backward(scale, interpret, residuals, cotangents):
-    (q, k, v, beta, decay, init), (inverse, moves, units), u, entering, gate_grad = residuals
+    (q, k, v, beta, decay, init), (inverse, moves, gates, units), u, entering, gate_grad = residuals
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
     unit, pieces = grad_units(do, dfinal, scale), delta_pieces(v)
-    gates = _gates(beta, decay, unit, 1 / unit)
+    walk_gates = _with_factors(gates, unit, 1 / unit)
     options = dict(decay=decay is not None, scale=scale, pieces=pieces, interpret=interpret)
     states = None if dfinal is None else dfinal[:, :, None]
     if pieces > 1:
-        local = delta_reverse(q, k, do, inverse, gates, None, emit="state", **options)["state"]
+        local = delta_reverse(q, k, do, inverse, walk_gates, None, emit="state", **options)["state"]
         states = carry_states(dfinal, local, moves, reverse=True, interpret=interpret)
-    back = delta_reverse(q, k, do, inverse, gates, states, split=value_programs(v) if pieces == 1 else 1, **options)
-    gates = _gates(beta, decay, scale * unit, 1 / (unit * units))
-    grads = delta_gradients(q, k, do, u, back["dv16"], entering, back["leaving"], gates, decay=decay is not None,
+    split = value_programs(v) if pieces == 1 else 1
+    back = delta_reverse(q, k, do, inverse, walk_gates, states, split=split, **options)
+    grad_gates = _with_factors(gates, scale * unit, 1 / (unit * units))
+    grads = delta_gradients(q, k, do, u, back["dv16"], entering, back["leaving"], grad_gates, decay=decay is not None,
                             gate_sums=gate_grad is not None, interpret=interpret)
     dbeta = grads["dbeta"][:, :, 0].transpose(0, 2, 1)
     ddecay = None if gate_grad is None else _decay_gradient([grads[name] for name in GATE_SUMS])
