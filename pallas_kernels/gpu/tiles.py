@@ -104,7 +104,7 @@ def decayed_scores(a, c_row, c_ref, reverse):
 
 
 def split_diagonal(a):
-    """(diagonal [64], the rest): a token's share in its own gradients, which no decay makes small, is kept from gates' sums."""
+    """(diagonal [64], the rest): what a token gives itself, which no decay makes small, is kept from gates' sums."""
     row = plgpu.broadcasted_iota(jnp.int32, a.shape, 0, layout=WGMMA)
     col = plgpu.broadcasted_iota(jnp.int32, a.shape, 1, layout=WGMMA)
     return jnp.sum(jnp.where(row == col, a, 0.0), axis=1), jnp.where(row == col, 0.0, a)
