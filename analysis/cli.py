@@ -16,9 +16,14 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
 
     `args.command` is the command line as it was given.
     """
-    args = parser.parse_args(argv)
-    args.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+
+    def refuse(message):  # instead of printing the usage and leaving
+        raise ValueError(f"{message} (see --help)")
+
+    parser.error = refuse
     try:
+        args = parser.parse_args(argv)
+        args.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
         return main(args) or 0
     except (ValueError, OSError) as err:
         print(f"{parser.prog}: error: {' '.join(str(err).split())}", file=sys.stderr)

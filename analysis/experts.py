@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import plots
+from analysis import cli, plots
 from analysis.load import DataError, load_curves
 
 SHOWN = 4  # layers, spread over the depth
@@ -56,21 +56,19 @@ def figure(steps, load, information):
     return result
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m analysis.experts", description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", required=True, help="run directory of efficient_lm.train")
-    parser.add_argument("--out", required=True, help="file to write: .svg, .pdf or .png")
-    args = parser.parse_args(argv)
-    try:
-        if not (Path(args.run) / "metrics.jsonl").is_file():
-            raise DataError(f"--run {args.run}: is no run directory (it has no metrics.jsonl)")
-        figure(*loads(args.run)).savefig(args.out)
-    except (DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(prog="python -m analysis.experts", description=__doc__.partition("\n")[0])
+    out.add_argument("--run", required=True, help="run directory of efficient_lm.train")
+    out.add_argument("--out", required=True, help="file to write: .svg, .pdf or .png")
+    return out
+
+
+def main(args: argparse.Namespace) -> None:
+    if not (Path(args.run) / "metrics.jsonl").is_file():
+        raise DataError(f"--run {args.run}: is no run directory (it has no metrics.jsonl)")
+    figure(*loads(args.run)).savefig(args.out)
     print(f"wrote {args.out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main, parser()))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from analysis import experts
+from analysis import cli, experts
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def test_loads_by_step_layer_and_expert(run):
 
 
 def test_the_figure_is_written_and_dense_runs_are_refused(run, tmp_path, capsys):
-    assert experts.main(["--run", str(run), "--out", str(tmp_path / "loads.svg")]) == 0
+    assert cli.run(experts.main, experts.parser(), ["--run", str(run), "--out", str(tmp_path / "loads.svg")]) == 0
     assert "layer 1" in (tmp_path / "loads.svg").read_text()
     (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
-    assert experts.main(["--run", str(run), "--out", str(tmp_path / "no.svg")]) == 2
+    assert cli.run(experts.main, experts.parser(), ["--run", str(run), "--out", str(tmp_path / "no.svg")]) == 2
     assert "router_load_profile" in capsys.readouterr().err and not (tmp_path / "no.svg").exists()
-    assert experts.main(["--run", str(tmp_path / "absent"), "--out", "x.svg"]) == 2
+    assert cli.run(experts.main, experts.parser(), ["--run", str(tmp_path / "absent"), "--out", "x.svg"]) == 2

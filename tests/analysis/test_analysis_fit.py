@@ -256,6 +256,7 @@ def test_command_line_writes_the_contract(tmp_path):
         (["--bootstrap", "-1"], "--bootstrap -1: must be 0 or more"),
         (["--delta", "0"], "--delta 0.0: must be positive"),
         (["--columns", "D=tokens"], "column D='tokens': neither"),
+        (["--drop-higest", "3"], "unrecognized arguments: --drop-higest 3 (see --help)"),
         ([], "column 'D' is missing"),
     ],
 )
