@@ -9,7 +9,6 @@ run has a stage, the rates are chosen on the runs that are compared. Differences
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis import cli
-from analysis.load import DataError, load_curves, load_runs
+from analysis.load import DataError, load_curves, load_runs, made_by
 
 
 def load(paths) -> pd.DataFrame:
@@ -37,17 +36,9 @@ def _load(path: Path) -> pd.DataFrame:
     if path.is_dir():
         frame = load_runs(path, n="nonemb")
         frame = frame.drop(columns=[name for name in frame if name.startswith(("N_", "C_"))])
-        return frame.join(pd.DataFrame([_made_by(path / run) for run in frame["run_id"]], columns=["device", "code"]))
+        facts = [made_by(path / run) for run in frame["run_id"]]
+        return frame.assign(device=[fact["device"] for fact in facts], code=[fact["code_hash"] for fact in facts])
     return read_rows(path)
-
-
-def _made_by(directory: Path) -> tuple[str | None, str | None]:
-    """(device, hash of the sources) of a run."""
-    try:
-        run = json.loads((directory / "run.json").read_text())
-    except (OSError, ValueError):  # never started, or killed before the first write
-        return None, None
-    return (run.get("hardware") or {}).get("device_kind"), run.get("code_hash")
 
 
 def read_rows(path) -> pd.DataFrame:

@@ -19,7 +19,6 @@ intervals of the laws know that one dense law is behind them.
 """
 
 import argparse
-import json
 import sys
 import zlib
 from pathlib import Path
@@ -31,7 +30,7 @@ from analysis import cli
 from analysis.frontier import Frontier, frontier_points
 from analysis.isoflop import Profile, fit_profile
 from analysis.leverage_laws import Leverages, report, verdict
-from analysis.load import DataError, Table, check_comparable, load_table, read
+from analysis.load import DataError, Table, check_comparable, load_table, made_by, read
 from analysis.result import Options, interval
 from analysis.tables import number, with_interval
 
@@ -68,11 +67,8 @@ def _rows(path, **options) -> pd.DataFrame:
     if not Path(path).is_dir():
         return frame
     frame = frame[frame["loss"].notna()].drop(columns=REDUNDANT)
-    runs = [json.loads((Path(path) / run / "run.json").read_text()) for run in frame["run_id"]]
-    return frame.assign(
-        hardware=[(run.get("hardware") or {}).get("device_kind") for run in runs],
-        **{name: [run.get(name) for run in runs] for name in ("mean_step_seconds", "code_hash")},
-    )
+    facts = pd.DataFrame([made_by(Path(path) / run) for run in frame["run_id"]], index=frame.index)
+    return frame.join(facts.rename(columns={"device": "hardware"}))
 
 
 def average_repeats(rows: pd.DataFrame) -> pd.DataFrame:

@@ -104,6 +104,16 @@ def load_runs(store, *, n: str = "nonemb_head", c: str = "model_causal") -> pd.D
     return frame[[*first, *(k for k in frame if k not in first)]]
 
 
+def made_by(directory: Path) -> dict:
+    """Where and by which sources a run was trained: device, code_hash, mean_step_seconds; None where unknown."""
+    try:
+        run = json.loads((directory / "run.json").read_text())
+    except (OSError, ValueError):  # never started, or killed before the first write
+        run = {}
+    device = (run.get("hardware") or {}).get("device_kind")
+    return {"device": device} | {name: run.get(name) for name in ("code_hash", "mean_step_seconds")}
+
+
 def _run_row(path: Path) -> dict | None:
     try:
         run = json.loads((path / "run.json").read_text())
