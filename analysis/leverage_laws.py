@@ -5,11 +5,12 @@ In draws of the joint law each row also gets its own residual with a random sign
 form can't follow.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
+from analysis.frontier import Frontier
 from analysis.laws import efficiency_leverage, get_law
 from analysis.result import interval
 
@@ -27,17 +28,19 @@ class Leverages:
     rows: arch, A, G, S, budget, C, loss, EL, EL_lo, EL_hi, extrapolated (the loss is below those of the dense runs),
     edge ("small", "large": an outermost size is the best; "few": there are fewer than three; EL is a lower bound then).
     draws: [draws, rows] of EL.
+    dense: the law that was inverted.
     """
 
     rows: pd.DataFrame
     draws: np.ndarray
     notes: list[str]
     level: float
+    dense: Frontier
 
     def where(self, query: str) -> "Leverages":
         """The rows of a pandas query."""
         kept = self.rows.eval(query, engine="python").to_numpy(bool)
-        return Leverages(self.rows[kept].reset_index(drop=True), self.draws[:, kept], self.notes, self.level)
+        return replace(self, rows=self.rows[kept].reset_index(drop=True), draws=self.draws[:, kept])
 
     @property
     def log(self) -> np.ndarray:
@@ -187,7 +190,7 @@ def report(leverages: Leverages) -> dict:
         found = []
         for key, part in rows.query(query, engine="python").groupby(by, sort=False):
             if part[needed[0]].nunique() >= needed[1]:
-                chosen = Leverages(part, leverages.draws[:, part.index], [], level)
+                chosen = replace(leverages, rows=part, draws=leverages.draws[:, part.index])
                 found.append({**dict(zip(by, key, strict=True)), **intervals(law(chosen), level)})
         return found
 

@@ -102,7 +102,8 @@ def sweep_leverages(
     noise = (options.seed_noise, np.inf) if options.seed_noise else None
     if points == "best":
         noise = noise or seed_noise(every)
-        notes.append(f"loss between seeds varies by {noise[0]:.2g} nats ({noise[1]:g} degrees of freedom)")
+        source = f"{noise[1]:g} degrees of freedom" if np.isfinite(noise[1]) else "given"
+        notes.append(f"loss between seeds varies by {noise[0]:.2g} nats ({source})")
     frontiers, labels = [], {}
     for name, rows in every.groupby("arch", sort=False):
         try:
@@ -147,7 +148,7 @@ def sweep_leverages(
                 "extrapolated": not inside, "edge": profile.edge or "",
             })  # fmt: skip
             draws.append(drawn[:, i] / C)
-    return Leverages(pd.DataFrame(rows), np.stack(draws, 1), notes, options.level)
+    return Leverages(pd.DataFrame(rows), np.stack(draws, 1), notes, options.level, dense)
 
 
 def best_sizes(rows: pd.DataFrame, name: str, noise: tuple[float, float], options: Options) -> Frontier:
