@@ -1,10 +1,12 @@
 """What a sweep would run and what it would cost: `python -m sweeps.plan --config configs/sweeps/isoflop.py`."""
 
 import argparse
-import contextlib
 import dataclasses
+import multiprocessing
 import os
+import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 from efficient_lm import config as configs
@@ -14,9 +16,11 @@ from efficient_lm.counting import count_flops, count_params
 from efficient_lm.schema import ConfigError
 from sweeps.combine import Cell, as_cells
 from sweeps.isoflop import IsoFlop, Ladder, resolve
+from sweeps.local import gpus, split_cores
 from sweeps.store import Store
 from sweeps.tables import table, totals
 from sweeps.timing import Budget, Calibration, parse_budget
+from sweeps.worker import end_with_parent
 
 COLUMNS = ("run_id", "arch", "seed", "d_model", "n_layers", "steps", "tokens", "flops")  # of every cell, for --where
 
@@ -251,59 +255,46 @@ def plan_from_arguments(args, overrides, store: Store | None) -> Plan:
         raise ConfigError(f"tokens-per-second = {args.tokens_per_second}: must be positive")
     if args.where and args.budget:
         raise ConfigError(f"where = {args.where!r}: can't be combined with --budget, which chooses the cells itself")
+    workers, own_gpus = default_workers(args.workers), gpus()
+    if not (args.calibrate or own_gpus):
+        return _planned(args, overrides, store, workers)
+    # Counting FLOPs starts JAX (which operator serves depends on the device). What it takes of a GPU and the cores that
+    # its threads keep end with this process, before the workers start.
+    share = split_cores(workers)[0], own_gpus[:1]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_planner, share) as planner:
+        return planner.submit(_planned, args, overrides, store, workers).result()
+
+
+def _start_planner(cores: list[int], own_gpus: list[str]) -> None:
+    """Gives this process the cores and the GPU of one worker; its JAX leaves the GPU's memory to other processes."""
+    end_with_parent(signal.SIGKILL)
+    os.sched_setaffinity(0, cores)
+    if own_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own_gpus)
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
+
+def _planned(args, overrides, store: Store | None, workers: int) -> Plan:
     budget = parse_budget(args.budget) if args.budget else None
     calibration = Calibration.read(args.calibration)
-    # Planning starts JAX (which operator serves depends on the device), and with it the threads that are timed.
-    cores = _on_cores_of_a_worker(default_workers(args.workers)) if args.calibrate else contextlib.nullcontext()
-    with cores, _memory_for_workers():
-        hardware.require_devices()
-        plan = make_plan(args.config, overrides)
-        if args.where:
-            choose(plan, args.where)
-        if args.calibrate:
-            calibration.measure(plan.cells)
-            calibration.write(args.calibration)
+    hardware.require_devices()
+    plan = make_plan(args.config, overrides)
+    if args.where:
+        choose(plan, args.where)
+    if args.calibrate:
+        calibration.measure(plan.cells)
+        calibration.write(args.calibration)
     if store:
         calibration.add_runs(store, plan.cells)
     calibration.tokens_per_second = args.tokens_per_second
     if budget:
-        return plan_within(args.config, overrides, budget, calibration, default_workers(args.workers))
+        return plan_within(args.config, overrides, budget, calibration, workers)
     plan.predict(calibration)
     return plan
 
 
-@contextlib.contextmanager
-def _on_cores_of_a_worker(workers: int):
-    """Restricts this process to what one worker will have; before JAX starts its threads, which keep to it."""
-    from sweeps.local import split_cores
-
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, split_cores(workers)[0])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-@contextlib.contextmanager
-def _memory_for_workers():
-    """JAX that starts here does not reserve most of a GPU's memory, as it does by default and in the workers."""
-    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def default_workers(asked: int | None) -> int:
     """`asked`, or one worker per GPU, or one per core that this process may use."""
-    from sweeps.local import gpus
-
     return asked or len(gpus()) or len(os.sched_getaffinity(0))
 
 

@@ -140,7 +140,10 @@ class Calibration:
         )
         with tempfile.TemporaryDirectory() as folder:
             trainer(short, folder)
-            self._add(cell, json.loads((Path(folder) / "run.json").read_text()))
+            run = json.loads((Path(folder) / "run.json").read_text())
+        if run.get("status") == "preempted":  # the trainer takes signals for itself
+            raise KeyboardInterrupt
+        self._add(cell, run)
 
 
 def _interpolate(points, flops: float) -> float:

@@ -24,7 +24,7 @@ def main(argv=None) -> int:
     if cores:
         # Before JAX is imported, since XLA sizes its thread pool by the cores it sees.
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-    _end_with_parent()
+    end_with_parent(signal.SIGTERM)
     answers = os.fdopen(os.dup(1), "w")
     store = Store(store_path)
     for line in iter(sys.stdin.readline, ""):
@@ -88,11 +88,11 @@ def _forget_compiled():
         sys.modules["jax"].clear_caches()
 
 
-def _end_with_parent():
-    """On Linux, SIGTERM when the launcher dies in whatever way: the trainer then saves and the run can be resumed."""
+def end_with_parent(number) -> None:
+    """On Linux, this signal when the launcher dies in whatever way; after SIGTERM the trainer saves its run."""
     parent = os.getppid()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             sys.exit(0)
 

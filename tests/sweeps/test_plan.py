@@ -1,9 +1,15 @@
+import json
 import os
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
+import jax
 import pytest
 
 from efficient_lm.counting import count_flops
+from efficient_lm.metrics import write_json
 from efficient_lm.schema import ConfigError
 from sweeps import plan as planning
 from sweeps.isoflop import IsoFlop, Ladder
@@ -250,10 +256,6 @@ def test_calibration_measures_through_the_trainer_and_survives_a_file(sweep_file
 
     def trainer(config, workdir):
         asked.append(config)
-        from pathlib import Path
-
-        from efficient_lm.metrics import write_json
-
         write_json(Path(workdir) / "run.json", {"mean_step_seconds": 0.01, "steps_done": 8, "wall_seconds": 2.08})
 
     calibration = Calibration()
@@ -289,25 +291,60 @@ def test_plan_prints_every_cell_and_totals(sweep_file, capsys, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_calibration_has_the_cores_of_a_worker_from_the_first_use_of_jax(sweep_file, tmp_path, monkeypatch):
-    """Counting FLOPs starts JAX, whose threads keep to the cores that they began with."""
-    cores, real, seen = os.sched_getaffinity(0), planning.make_plan, []
+RECORDED = """
+    def get_sweep():
+        import json, os, pathlib
+        seen = {"pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0))}
+        seen |= {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_PREALLOCATE")}
+        pathlib.Path(__file__).with_name("seen.json").write_text(json.dumps(seen))
+        return [{"model.pattern": ("gla",), "model.d_model": 16, "model.n_layers": 1, "model.vocab_size": 64,
+                 "data.source": "zipf_markov", "data.validation_tokens": 512}]
+"""
+LAUNCHER = """
+import os, sys
+from jax._src import xla_bridge
+from sweeps import plan
+assert plan.main(sys.argv[1:]) == 0
+print("launcher", os.getpid(), sorted(os.sched_getaffinity(0)), xla_bridge.backends_are_initialized())
+"""
 
-    def make_plan(*arguments):
-        seen.append(os.sched_getaffinity(0))
-        return real(*arguments)
 
-    monkeypatch.setattr(planning, "make_plan", make_plan)
-    monkeypatch.setattr(Calibration, "measure", lambda self, cells: None)
-    arguments = ["--calibrate", "--workers", str(len(cores)), "--calibration", str(tmp_path / "calibration.json")]
-    assert planning.main(["--config", sweep_file(LADDER_FILE), *arguments]) == 0
-    assert seen == [{min(cores)}] and os.sched_getaffinity(0) == cores
+def test_calibration_leaves_no_jax_in_the_launcher(sweep_file, tmp_path):
+    """What JAX took of a GPU would stay with it; and JAX's threads keep to the cores that they began with."""
+    path, measured = sweep_file(RECORDED), tmp_path / "calibration.json"
+    cores = sorted(os.sched_getaffinity(0))
+    command = [sys.executable, "-c", LAUNCHER, "--config", path, "--calibrate", "--calibration", str(measured)]
+    command += ["--workers", str(len(cores)), "--config.train.seq_len=16"]
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    seen, (_, pid, *rest) = json.loads((tmp_path / "seen.json").read_text()), done.stdout.splitlines()[-1].split(" ")
+    assert " ".join(rest) == f"{cores} False" and seen["pid"] != int(pid)
+    assert seen["cores"] == cores[:1]
+    (point,) = Calibration.read(measured).points
+    assert point.arch == "gla" and point.device == "cpu" and point.seconds_per_step > 0
 
 
-def test_planning_leaves_the_memory_of_a_gpu_to_the_workers(sweep_file, monkeypatch):
-    """JAX reserves most of a GPU where it starts, and a launcher that plans starts it."""
-    name, real, seen = "XLA_PYTHON_CLIENT_PREALLOCATE", planning.hardware.require_devices, []
-    monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(planning.hardware, "require_devices", lambda: (seen.append(os.environ.get(name)), real()))
-    assert planning.main(["--config", sweep_file(LADDER_FILE)]) == 0
-    assert seen == ["false"] and name not in os.environ
+def test_beside_gpus_a_process_of_its_own_plans_on_one_of_them(sweep_file, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    path = sweep_file(RECORDED)
+    assert planning.main(["--config", path]) == 0
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["pid"] != os.getpid() and "1 cells" in capfd.readouterr().out
+    assert (seen["CUDA_VISIBLE_DEVICES"], seen["XLA_PYTHON_CLIENT_PREALLOCATE"]) == ("3", "false")
+    assert planning.main(["--config", path, "--config.model.d_modl=3"]) == 2
+    error = capfd.readouterr().err
+    assert "did you mean 'd_model'" in error and error.count("\n") == 1
+
+
+def test_an_interrupt_ends_calibration(sweep_file):
+    """The trainer takes the signal for itself and returns."""
+
+    def trainer(config, workdir):
+        asked.append(config)
+        write_json(Path(workdir) / "run.json", {"status": "preempted", "mean_step_seconds": 0.01, "steps_done": 3})
+
+    calibration, asked = Calibration(), []
+    with pytest.raises(KeyboardInterrupt):
+        calibration.measure(make_plan(sweep_file(LADDER_FILE)).cells, trainer=trainer, log=lambda text: None)
+    assert len(asked) == 1 and not calibration.points
