@@ -25,7 +25,7 @@ _KERNELS = {
 IMPLEMENTATIONS = ("reference", "xla", *_KERNELS)
 
 
-def _load(op, implementation, named=True):
+def _load(op, implementation):
     """(operator function, supports function), or (None, reason) when this package has no such kernel."""
     if implementation == "reference":
         return getattr(importlib.import_module("pallas_kernels.reference"), op), None
@@ -38,7 +38,7 @@ def _load(op, implementation, named=True):
     if platform == "gpu" and jax.default_backend() != "gpu":
         return None, f"needs an NVIDIA GPU, the default backend is {jax.default_backend()}"
     module = importlib.import_module(name)
-    return getattr(module, op), module.supports if named else getattr(module, "supports_unnamed", module.supports)
+    return getattr(module, op), module.supports
 
 
 def _structs(arguments):
@@ -69,7 +69,7 @@ def automatic(op, arguments):
     """(name, function) of the default platform's kernel for this call of `op`, or None."""
     for name, (platform, _) in _KERNELS.items():
         if platform == jax.default_backend() and (name == "cudnn" or partition.per_device(op)):
-            function, supports = _load(op, name, named=False)
+            function, supports = _load(op, name)
             if function is not None and supports(**_structs(arguments)) is None:
                 return name, _split(op, name, function)
     return None

@@ -19,7 +19,7 @@ import sys
 
 from pallas_kernels.gpu.bench_cases import FAMILIES
 
-ROWS = ("analysis/results/kernels/h100_earlier.json", "analysis/results/kernels/h100.json")
+ROWS = tuple(f"analysis/results/kernels/{name}.json" for name in ("h100_earlier", "h100_shapes", "h100"))
 PEERS = ("analysis/results/kernels/h100_peers_recorded.json", "analysis/results/kernels/h100_peers.json")
 MODES = ("fwd", "fwdbwd")
 

@@ -20,11 +20,6 @@ def supports(q, k, v, input_gate=None, forget_gate=None, *, chunk_size=None, **_
     return scalar.supports(q, k, v, chunk_size=chunk_size)
 
 
-def supports_unnamed(*_, **__):
-    """As `supports`, for calls that name no implementation."""
-    return "runs when named only, until its tests have passed on a GPU"
-
-
 def mlstm(q, k, v, input_gate, forget_gate, *, scale, initial_state=None, segment_ids=None, interpret=None):
     """See `pallas_kernels.api.mlstm` with input_activation 'exp'; any T.
 

@@ -14,11 +14,6 @@ def supports(q, k, v, log_decay=None, *, chunk_size=None, **_):
     return mlstm.supports(q, k, v, chunk_size=chunk_size)
 
 
-def supports_unnamed(*_, **__):
-    """As `supports`, for calls that name no implementation."""
-    return "runs when named only, until its tests have passed on a GPU"
-
-
 def normalised_linear_attention(q, k, v, log_decay=None, *, scale, initial_state=None, segment_ids=None,
                                 interpret=None):
     """`api.linear_attention` with normalise=True for q and k that are not negative; any T.
