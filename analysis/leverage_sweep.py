@@ -2,7 +2,9 @@
 
     python -m analysis.leverage_sweep --store runs/el --out el.json
     python -m analysis.leverage_sweep --store analysis/results/efficiency_leverage/runs.csv --points best \\
-        --where "lr_factor != lr_factor"                                # without its learning-rate arm
+        --where "hardware == 'NVIDIA H100 80GB HBM3'" --seed-noise 0.01 # one sweep with one seed, by one revision
+    python -m analysis.leverage_sweep --store analysis/results/efficiency_leverage/runs.csv --points best \\
+        --where "lr_factor != lr_factor"                                # all runs without the learning-rate arm
     python -m analysis.leverage_sweep --store rows.csv runs/el --save rows.csv     # adds the runs of a store to rows
 
 The leverage (arXiv:2507.17702) of an architecture at a budget is the compute at which the dense law reaches its lowest
@@ -30,9 +32,10 @@ from analysis import cli
 from analysis.frontier import Frontier, frontier_points
 from analysis.isoflop import Profile, fit_profile
 from analysis.leverage_laws import Leverages, report, verdict
-from analysis.load import DataError, Table, check_comparable, load_table, made_by, read
+from analysis.load import DataError, Table, check_comparable, load_curves, load_table, made_by, read
 from analysis.result import Options, interval
 from analysis.tables import number, with_interval
+from pallas_kernels.commands import Parser
 
 AXES = ("A", "G", "S")
 POINTS = ("isoflop", "best")  # parabola through all sizes of a budget, or through its best size and the nearest two
@@ -62,13 +65,14 @@ def gather(paths, **options) -> pd.DataFrame:
 
 
 def _rows(path, **options) -> pd.DataFrame:
-    """The rows of `read`; those of the ended runs of a store with the hardware and the code that they ran on."""
+    """The rows of `read`; those of the ended runs of a store with what they ran on and how their routers ended."""
     frame = read(path, **options)[0]
     if not Path(path).is_dir():
         return frame
     frame = frame[frame["loss"].notna()].drop(columns=REDUNDANT)
     facts = pd.DataFrame([made_by(Path(path) / run) for run in frame["run_id"]], index=frame.index)
-    return frame.join(facts.rename(columns={"device": "hardware"}))
+    routers = load_curves(path).set_index("run_id").filter(like="router_").select_dtypes("number").groupby("run_id")
+    return frame.join(facts.rename(columns={"device": "hardware"})).join(routers.last(), on="run_id")
 
 
 def average_repeats(rows: pd.DataFrame) -> pd.DataFrame:
@@ -281,8 +285,8 @@ def text(found: dict) -> str:
     return "\n".join([*lines, *notes])
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.leverage_sweep",
         description="Efficiency leverage of the sparse architectures of an IsoFLOP sweep, with its laws.",
     )

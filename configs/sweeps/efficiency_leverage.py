@@ -18,8 +18,9 @@ dense FFN is as wide as the activated experts, three times the model.
         twice the rate. The weights of a token's experts sum to 1 here, and "-raw" is the published way: it leaves them
         at 2 / experts at first, which costs short runs (300 steps of 4096 tokens, width 48, 16 experts, CPU: 1.652 nats
         per byte instead of 1.621, dense 1.747; half and twice the learning rate 1.668 and 1.740, dense 1.773 and 1.764,
-        one seed each). 15 to 18 minutes by the step times of an H200 with --workers 2 and
-        XLA_FLAGS=--xla_gpu_enable_triton_gemm=false (with --xla_gpu_autotune_level=0 steps take 2 to 5 times as long)
+        one seed each). 15 minutes of an H100: 9.4 with --workers 2 for a third of the cells, the dearest run first, and
+        5.4 with --workers 3 for the rest, with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false (with
+        --xla_gpu_autotune_level=0 steps take 2 to 5 times as long)
 :gpu-seeds  three seeds of the main architectures at one or two sizes of each budget: the noise between runs
 :gpu-lr     half and twice the learning rate for four architectures at one size of the second budget
 :gpu-small  sizes below those of :gpu, at which many mixtures are best there, and G = 8 at A = 33 %: 20 to 27 minutes

@@ -2,18 +2,22 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import analysis
 from analysis import cli, leverage_plot
 from analysis.laws import get_law
 from analysis.leverage_laws import USUAL, claim, coverage, joint_law, report, verdict
 from analysis.leverage_sweep import average_repeats, gather, main, parser, seed_noise, sweep_leverages
 from analysis.load import load_table
 from analysis.result import Options
+from sweeps.plan import make_plan
 
+STORED = Path(analysis.__file__).parent / "results" / "efficiency_leverage" / "runs.csv"
 LAW, TRUTH = get_law("leverage"), dict(a=1.0, d=-0.1, beta=-0.08, gamma=0.012, A_s=0.02, A_m=1e16)
 SPARSE = ((0.6, 2), (0.33, 2), (0.18, 2), (0.09, 2), (0.03, 2), (0.09, 4), (0.09, 8))
 BUDGETS = (1e13, 3.2e13, 1e14, 3.2e14)
@@ -135,10 +139,32 @@ def test_runs_of_a_store_say_what_they_ran_on(store, tmp_path):
     ran = {"hardware": {"device_kind": "abacus"}, "mean_step_seconds": 2.5, "code_hash": "c0de"}
     path = copy / run / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | ran))
+    for step, value in ((98, 3.0), (99, 2.0)):
+        with open(copy / run / "metrics.jsonl", "a") as log:
+            log.write(json.dumps({"kind": "train", "step": step, "router_entropy": value}) + "\n")
     rows = gather([copy]).set_index("run_id")
     assert rows.index.tolist() == before["run_id"].tolist() and "reason" not in rows
     assert rows["hardware"].dropna().to_dict() == {run: "abacus"}
+    assert rows["router_entropy"].dropna().to_dict() == {run: 2.0} and "router_entropy" not in before
     assert rows.loc[run, ["mean_step_seconds", "code_hash"]].tolist() == [2.5, "c0de"]
+
+
+def test_stored_rows_hold_the_whole_preset_and_give_the_leverages_that_are_reported():
+    """One machine and one revision ran every planned cell, each of which was run elsewhere too: its noise is known."""
+    rows = pd.read_csv(STORED)
+    h100 = rows[rows["hardware"] == "NVIDIA H100 80GB HBM3"]
+    planned = make_plan("configs/sweeps/efficiency_leverage.py:gpu").cells
+    cells = set(zip(h100["arch"], h100["budget"], h100["d_model"], strict=True))
+    assert cells == {(cell.arch, cell.axes["budget"], cell.config.model.d_model) for cell in planned}
+    assert len(h100) == len(planned) and h100["code_hash"].nunique() == 1 and (h100["seed"] == 0).all()
+    run = rows["run_id"].str.split("-").str[0]
+    assert (rows[run.isin(run[h100.index])].groupby(run)["hardware"].nunique() == 2).all()
+    table = load_table(h100, required=("N", "C", "loss"))
+    found = sweep_leverages(table, points="best", options=Options(bootstrap=200, seed_noise=0.01))
+    at = found.rows[found.rows["arch"] == "moe-A0.0909-G2-S0.33"]
+    assert at["EL"].tolist() == pytest.approx([2.87, 3.28, 2.59, 3.18], abs=0.005)
+    words = [answer.split(" (")[0] for answer in report(found)["claims"].values()]
+    assert words == ["agree", "cannot tell", "cannot tell", "disagree"]
 
 
 def test_figures_are_drawn():
