@@ -431,7 +431,7 @@ def gain(found: dict[str, Frontier], base: str, level: float = 0.95):
     """
     variants, curves = [name for name in found if name != base], {}
     for name in variants:
-        b, v = share_floor([found[base], found[name]])[0]
+        b, v = share_floor([found[base], found[name]])
         lo, hi = common_range(b, v)
         at = v.C[(v.C >= lo) & (v.C <= hi)]
         if not len(at):

@@ -29,6 +29,7 @@ from analysis.model_selection import select, verdict
 from analysis.result import Options
 from analysis.sensitivity import sensitivity
 from analysis.sensitivity import shown as columns_shown
+from pallas_kernels.commands import Parser
 
 DRAWS = 200  # of tables that compare many fits
 N_MEANING = {
@@ -82,7 +83,7 @@ def build(
         if any(comparison["points"] for comparison in comparisons):
             figures["gain"] = plots.gain(frontiers, base, options.level)
     if frontiers:
-        shown = dict(zip(frontiers, share_floor(list(frontiers.values()))[0], strict=True))
+        shown = dict(zip(frontiers, share_floor(list(frontiers.values())), strict=True))
         figures["isoflop"] = plots.isoflop({k: f.profiles for k, f in frontiers.items()}, level=options.level)
         figures["frontiers"] = plots.frontiers(shown, level=options.level)
     found = {s["name"]: s["envelope"] for s in sections if s["envelope"] and not s["envelope"].refused}
@@ -232,8 +233,8 @@ def render(context: dict) -> str:
     )  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.report",
         description="Writes one self-contained HTML report of a sweep: runs, exclusions, fits with intervals, "
         "IsoFLOP minima, hold-out, comparison of architectures, cost, and the cells to run next.",

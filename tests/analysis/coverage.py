@@ -23,19 +23,27 @@ from analysis.search import Optimum, problem
 LEVEL = 0.9
 TRUTH = dict(E=1.7, A=400.0, B=900.0, alpha=0.34, beta=0.32)
 BUDGETS = (1e18, 3e18, 1e19, 3e19)
-GAIN = 1.3
+GAIN, GROWTH = 1.3, 0.2
 
 
-def sweep(rng, noise, sizes=7, budgets=BUDGETS, speed=1.0):
+def steeper(growth: float) -> dict[str, float]:
+    """A truth with the same optimum at the cheapest budget C_0, from where its gain grows as (C / C_0)^growth."""
+    best = get_law("chinchilla").optimum(TRUTH, BUDGETS[0])
+    alpha, beta = (TRUTH[name] * (1 + growth) for name in ("alpha", "beta"))
+    share = (best["loss"] - TRUTH["E"]) / (alpha + beta)
+    return dict(TRUTH, alpha=alpha, beta=beta, A=beta * share * best["N"] ** alpha, B=alpha * share * best["D"] ** beta)
+
+
+def sweep(rng, noise, sizes=7, budgets=BUDGETS, speed=1.0, truth=TRUTH):
     """An IsoFLOP sweep, sizes within a factor 4 of the optimum, with seed noise in the loss (relative).
 
     `speed`: compute counts this many times, so that the true gain over an architecture of speed 1 is `speed`.
     """
     law, rows = get_law("chinchilla"), []
     for C in budgets:
-        best = law.optimum(TRUTH, speed * C)["N"] * np.exp(0.3 * rng.standard_normal())
+        best = law.optimum(truth, speed * C)["N"] * np.exp(0.3 * rng.standard_normal())
         for N in best * np.geomspace(1 / 4, 4, sizes):
-            loss = law.evaluate(TRUTH, N=N, D=speed * C / (6 * N)) * np.exp(noise * rng.standard_normal())
+            loss = law.evaluate(truth, N=N, D=speed * C / (6 * N)) * np.exp(noise * rng.standard_normal())
             rows.append({"N": N, "D": C / (6 * N), "C": C, "loss": loss})
     return pd.DataFrame(rows)
 
@@ -90,17 +98,23 @@ def holdout(rng, seed) -> dict[str, float]:
 
 
 def gain(rng, seed) -> dict[str, bool]:
-    """Compute-equivalent gain at the dearest common compute, and the one gain for all compute."""
+    """Compute-equivalent gain at the dearest common compute, the one gain for all compute, and a gain that grows."""
     hits = {}
     for truth in (GAIN, 1.0):
-        found = [
-            frontier.frontier_points(sweep(rng, 1.5e-3, speed=speed), name, Options(bootstrap=300, seed=seed))
-            for name, speed in (("base", 1.0), ("variant", truth))
-        ]
-        result = frontier.compare(*found, LEVEL)
+        result = _compared(rng, seed, speed=truth)
         for key, entry in (("", result["judged"]["gain"]), ("constant ", result["constant_gain"])):
             hits[f"{key}gain {truth:g}"] = entry["lo"] <= truth <= entry["hi"]
+    result = _compared(rng, seed, truth=steeper(GROWTH))
+    truth, entry = (result["judged"]["C"] / BUDGETS[0]) ** GROWTH, result["judged"]["gain"]
+    hits["growing gain"] = entry["lo"] <= truth <= entry["hi"]
+    hits["growth of the gain"] = result["trend"]["lo"] <= GROWTH <= result["trend"]["hi"]
     return hits
+
+
+def _compared(rng, seed, **variant) -> dict:
+    sweeps = {"base": sweep(rng, 1.5e-3), "variant": sweep(rng, 1.5e-3, **variant)}
+    options = Options(bootstrap=300, seed=seed)
+    return frontier.compare(*(frontier.frontier_points(rows, name, options) for name, rows in sweeps.items()), LEVEL)
 
 
 SIMULATIONS = {f.__name__: f for f in (parametric, isoflop, holdout, gain)}

@@ -39,9 +39,9 @@ def test_gain_is_the_true_compute_ratio(compared):
     assert "gla needs 0.6" in result["verdict"] and "no trend with compute is resolved" in result["verdict"]
     assert result["judged"]["C"] < 1e12  # judged no further than the base's lowest loss
     assert result["constant_gain"]["lo"] < true_gain(3e11) < result["constant_gain"]["hi"]
-    (b, v), shared = frontier.share_floor(list(frontiers.values()))
+    b, v = frontier.share_floor(list(frontiers.values()))
     np.testing.assert_allclose(b.compute_for(*b.law([2e11]))[0], 2e11, rtol=1e-9)
-    assert shared["E"][0] == pytest.approx(1.1, abs=0.15)
+    assert frontier.share_exponent([b, v])["E"][0] == pytest.approx(1.1, abs=0.15)
 
 
 def test_gain_inverts_when_base_and_variant_change_places(store, compared):
@@ -79,7 +79,7 @@ def test_other_costs_at_equal_loss(compared):
 def test_ratios_follow_from_the_truth_at_every_compute(compared):
     """The curve that is drawn, not only its points: bands hold the true ratio over the whole range of compute."""
     frontiers, _ = compared
-    base, variant = frontier.share_floor([frontiers["attention"], frontiers["gla"]])[0]
+    base, variant = frontier.share_floor([frontiers["attention"], frontiers["gla"]])
     C = np.geomspace(*frontier.common_range(base, variant), 9)[1:-1]
     found = frontier.ratios(base, variant, C)
     gain = np.array([true_gain(c) for c in C])
