@@ -193,7 +193,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     if state is None:
         state = jax.jit(init, out_shardings=shardings, compiler_options=hardware.compile_quickly(mesh))(key)
         if opts.upcycle_from:
-            state["params"] = upcycled(opts.upcycle_from, state["params"])
+            state["params"] = upcycled(opts.upcycle_from, lm, state["params"])
             state["ema"] = jax.tree.map(jnp.copy, state["params"]) if opts.ema else {}
     start = int(state["step"])
 

@@ -21,16 +21,29 @@ def test_the_new_model_computes_what_the_dense_one_did(small, train_one, tmp_pat
     changes = DENSE | {"model.ffns.ffn": MOE, "train.upcycle_from": str(tmp_path / "dense")}
     moe = small(**changes)
     lm = LM(moe.model)
-    start = upcycled(moe.train.upcycle_from, jax.jit(lm.init)(jax.random.key(0)))
+    start = upcycled(moe.train.upcycle_from, lm, jax.jit(lm.init)(jax.random.key(0)))
     tokens = jnp.arange(32).reshape(2, 16)
     np.testing.assert_allclose(lm(start, tokens)[0], LM(cfg.model)(params, tokens)[0], rtol=1e-4, atol=1e-5)
     info = train_one(moe, tmp_path / "moe")
     assert info["status"] == "done" and info["final_loss"] < dense["final_loss"] + 0.05
 
 
+def test_layers_keep_their_place_whatever_the_pattern(small, train_one, tmp_path):
+    """As in configs/moe.py: a dense first layer outside the layer scan, experts in the others."""
+    cfg = small(**DENSE | {"model.n_layers": 3})
+    train_one(cfg, tmp_path / "dense")
+    params = checkpoint.restore(tmp_path / "dense" / "ckpt", 12)["params"]
+    ffns = {"model.ffns.ffn": cfg.model.ffns["ffn"], "model.ffns.moe": MOE}
+    moe = small(**{"model.n_layers": 3, "model.prefix": ["attention/ffn"], "model.pattern": ["attention/moe"]} | ffns)
+    lm = LM(moe.model)
+    start = upcycled(str(tmp_path / "dense"), lm, jax.jit(lm.init)(jax.random.key(0)))
+    tokens = jnp.arange(32).reshape(2, 16)
+    np.testing.assert_allclose(lm(start, tokens)[0], LM(cfg.model)(params, tokens)[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "moe, message",
-    [({"n_shared": 1}, "has no .*shared.*n_shared = 0"), ({"d_expert": 12}, r"is \(2, 24, 16\) there, which can't")],
+    [({"n_shared": 1}, "has no .*shared.*n_shared = 0"), ({"d_expert": 12}, r"is \(2, 4, 24, 16\) there, which can't")],
 )
 def test_models_that_do_not_fit_are_refused(small, train_one, tmp_path, moe, message):
     train_one(small(**DENSE), tmp_path / "dense")
@@ -38,4 +51,4 @@ def test_models_that_do_not_fit_are_refused(small, train_one, tmp_path, moe, mes
     with pytest.raises(ConfigError, match=message):
         train_one(cfg, tmp_path / "moe")
     with pytest.raises(ConfigError, match="upcycle_from = '/nowhere': has no checkpoint"):
-        upcycled("/nowhere", {})
+        upcycled("/nowhere", LM(cfg.model), {})
