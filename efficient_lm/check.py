@@ -37,6 +37,9 @@ def resolve(config):
     for name, settings in model.ffns.items():
         ffn.FFNS[settings.kind].check(settings, model, f"config.model.ffns.{name}")
     _check_train(config)
+    _check_start(config)
+    _check_experts(config.mesh, model)
+    _check_data(config.data)
     options = tasks.resolve(config.data)
     if options:
         options.check(config.train.seq_len, config.data.vocab_size)
@@ -59,7 +62,16 @@ def _check_carry(model):
 
 
 def _sections(given, used, registry, path):
-    """Typed settings for each name used; a name without a section is the registered entry with defaults."""
+    """Typed settings for each name used; a name without a section is the registered entry with defaults.
+
+    Sections of names that are not used go, since a sweep's cells share theirs; but not those that nothing could use.
+    """
+    for name, values in given.items():
+        if name not in used and name not in registry and not (hasattr(values, "get") and values.get("kind")):
+            raise ConfigError(
+                f"{path}.{name} = {values!r}: no block of the model has such a {registry.what}; "
+                f"{nearest(name, dict.fromkeys([*used, *registry]))}"
+            )
     typed = {}
     for name in dict.fromkeys(used):
         values = given.get(name, {})
@@ -87,4 +99,30 @@ def _check_train(config):
         raise ConfigError(
             f"config.optim.decay = {config.optim.decay}: warmup + decay must be at most 1 (warmup = "
             f"{config.optim.warmup})"
+        )
+
+
+def _check_start(config):
+    """Of what a run starts from, one thing can be meant."""
+    train = config.train
+    if train.init_from and train.upcycle_from:
+        raise ConfigError(f"config.train.upcycle_from = {train.upcycle_from!r}: must be '' with init_from")
+    if train.init_step and not train.init_from:
+        raise ConfigError(f"config.train.init_step = {train.init_step}: must be 0 without init_from")
+
+
+def _check_experts(mesh, model):
+    for name, settings in model.ffns.items():
+        if getattr(settings, "parallel", "data") == "expert" and settings.n_experts % mesh.fsdp:
+            raise ConfigError(
+                f"config.model.ffns.{name}.n_experts = {settings.n_experts}: must be a multiple of config.mesh.fsdp = "
+                f"{mesh.fsdp} with parallel = 'expert'"
+            )
+
+
+def _check_data(data):
+    if data.path and data.source != "prepared":
+        raise ConfigError(
+            f"config.data.path = {data.path!r}: is read by source 'prepared' only; set config.data.source to it, or "
+            f"path to '' for source {data.source!r}"
         )

@@ -178,11 +178,21 @@ def from_dict(values) -> Config:
 
 
 def load(spec: str, overrides=()) -> Config:
-    """Config from 'path.py[:arg]' and overrides, a mapping or pairs {'model.d_model': 128}. Raises ConfigError."""
+    """Config from 'path.py[:arg]' and overrides, a mapping or pairs {'model.d_model': 128}. Raises ConfigError.
+
+    Overrides without effect, settings of a mixer or ffn that no layer uses, are named on standard error.
+    """
     values = read_config_file(spec).to_dict()
     for key, value in dict(overrides).items():
         set_path(values, key, value)
-    return from_dict(values)
+    config = from_dict(values)
+    for key, value in dict(overrides).items():
+        if not key.startswith(("model.mixers.", "model.ffns.")):
+            continue
+        section, name = key.split(".")[1:3]
+        if name not in getattr(config.model, section):
+            print(f"note: config.{key} = {value}: has no effect, no layer uses {name!r}", file=sys.stderr)
+    return config
 
 
 def read_config_file(spec: str, function: str = "get_config"):

@@ -65,6 +65,24 @@ BAD = {
     "empty pattern": ({"model": {"pattern": []}}, ["config.model.pattern"]),
     "long prefix": ({"model": {"n_layers": 1, "prefix": ["attention"] * 2}}, ["config.model.prefix", "n_layers = 1"]),
     "plugin": ({"model": {"plugins": ["no_such_module"]}}, ["config.model.plugins", "no_such_module"]),
+    "nobody's mixer": (
+        {"model": {"mixers": {"atention": {"n_heads": 2}}}},
+        ["config.model.mixers.atention", "did you mean 'attention'"],
+    ),
+    "nobody's ffn": ({"model": {"ffns": {"moa": {"n_experts": 4}}}}, ["config.model.ffns.moa", "did you mean 'moe'"]),
+    "path without its source": ({"data": {"path": "mine"}}, ["config.data.path", "'mine'", "source 'prepared' only"]),
+    "two starts": (
+        {"train": {"init_from": "a", "upcycle_from": "b"}},
+        ["config.train.upcycle_from", "'b'", "must be '' with init_from"],
+    ),
+    "step of no trunk": ({"train": {"init_step": 5}}, ["config.train.init_step = 5", "without init_from"]),
+    "experts that don't split": (
+        {
+            "model": {"pattern": ["attention/moe"], "ffns": {"moe": {"n_experts": 6, "parallel": "expert"}}},
+            "mesh": {"fsdp": 4},
+        },
+        ["config.model.ffns.moe.n_experts = 6", "config.mesh.fsdp = 4"],
+    ),
     "accumulation": ({"train": {"batch_size": 4, "grad_accum": 3}}, ["config.train.grad_accum", "3", "4"]),
     "schedule": ({"optim": {"schedule": "wsd", "warmup": 0.6, "decay": 0.6}}, ["config.optim.decay", "0.6"]),
 }
@@ -92,6 +110,13 @@ def test_round_trip_and_defaults():
 def test_settings_of_unused_mixers_do_not_change_the_run():
     plain, extra = from_dict({}), from_dict({"model": {"mixers": {"gla": {"n_heads": 2}}}})
     assert run_id(plain) == run_id(extra)
+
+
+def test_overrides_without_effect_are_named(capsys):
+    spec, settings = "configs/dense.py:tiny", {"model.mixers.gla.n_heads": "2", "model.mixers.attention.n_heads": "2"}
+    assert run_id(load(spec, settings)) == run_id(load(spec, {"model.mixers.attention.n_heads": 2}))
+    noted = capsys.readouterr().err.splitlines()
+    assert noted == ["note: config.model.mixers.gla.n_heads = 2: has no effect, no layer uses 'gla'"]
 
 
 def test_run_id_depends_on_what_is_computed_only():

@@ -215,6 +215,8 @@ class MoE(FFN):
             raise ConfigError(f"{path}.top_k = {cfg.top_k}: must be at most the {limit} experts to choose from")
         if cfg.capacity_factor and cfg.parallel == "expert":
             raise ConfigError(f"{path}.capacity_factor = {cfg.capacity_factor}: must be 0 with parallel = 'expert'")
+        if cfg.capacity_factor and cfg.implementation == "dense":
+            raise ConfigError(f"{path}.implementation = 'dense': drops nothing; capacity_factor must be 0 with it")
         if cfg.top_k == 1 and cfg.normalise and cfg.n_experts > 1:
             raise ConfigError(f"{path}.normalise = True: must be False with top_k = 1 (no gradient to the router)")
 

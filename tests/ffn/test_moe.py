@@ -307,6 +307,7 @@ def test_statistics_ignore_padding():
         ({"n_groups": 3}, "n_groups = 3: must divide n_experts = 8"),
         ({"n_groups": 4, "top_groups": 5}, "top_groups = 5: must be at most n_groups"),
         ({"n_groups": 4, "top_k": 3}, "top_k = 3: must be at most the 2 experts"),
+        ({"capacity_factor": 1.0, "implementation": "dense"}, "implementation = 'dense': drops nothing"),
         ({"capacity_factor": 1.0, "parallel": "expert"}, "capacity_factor = 1.0: must be 0 with parallel"),
         ({"top_k": 1}, "normalise = True: must be False with top_k = 1"),
         ({"activation": "reul"}, "did you mean 'relu'"),
