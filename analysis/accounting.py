@@ -16,6 +16,7 @@ from analysis.fit import fit_law
 from analysis.load import C_ACCOUNTING, N_ACCOUNTING, Table, load_table
 from analysis.result import Options
 from analysis.tables import with_interval
+from pallas_kernels.commands import Parser
 
 
 def exponents(table: Table, laws=("isoflop", "chinchilla"), options: Options | None = None) -> list[dict]:
@@ -54,8 +55,8 @@ def text_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.accounting",
         description="Scaling exponents of one sweep under every accounting of parameters and FLOPs, side by side.",
     )

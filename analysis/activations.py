@@ -18,6 +18,7 @@ from scipy import stats
 
 from analysis import cli
 from analysis.load import DataError, load_curves, load_runs, made_by
+from pallas_kernels.commands import Parser
 
 
 def load(paths) -> pd.DataFrame:
@@ -190,8 +191,8 @@ def text(table: pd.DataFrame, base: str) -> str:
     return shown.to_string(index=False)
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m analysis.activations", description=__doc__.partition("\n")[0])
+def parser() -> Parser:
+    out = Parser(prog="python -m analysis.activations", description=__doc__.partition("\n")[0])
     out.add_argument("--store", required=True, nargs="+", metavar="PATH", help="run stores, or files made by --save")
     out.add_argument("--base", metavar="NAME", help="the arm that others are compared with")
     out.add_argument("--level", type=float, default=0.95, help="of the intervals (default 0.95)")

@@ -22,6 +22,7 @@ import numpy as np
 from analysis import cli
 from analysis.laws import get_law
 from analysis.load import load_table
+from pallas_kernels.commands import Parser
 
 # name of the row -> exact gradients?, method, options
 SCIPY = {
@@ -103,8 +104,8 @@ def text_table(out: dict) -> str:
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.bench",
         description="Times the Chinchilla fit beside scipy's minimisers, start by start.",
     )

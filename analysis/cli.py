@@ -9,31 +9,25 @@ from pathlib import Path
 
 from analysis.load import C_ACCOUNTING, N_ACCOUNTING
 from analysis.result import Options, plain
+from pallas_kernels.commands import BadInput, Parser, command
 
 
-def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, argv=None) -> int:
-    """Parses, runs `main(args)` and turns bad input into one line on standard error and exit code 2.
+@command
+def run(main: Callable[[argparse.Namespace], int | None], parser: Parser, argv=None) -> int:
+    """The command that parses and runs `main(args)`; any ValueError that says what is wrong with data is bad input.
 
     `args.command` is the command line as it was given.
     """
-
-    def refuse(message):  # instead of printing the usage and leaving
-        raise ValueError(f"{message} (see --help)")
-
-    parser.error = refuse
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    args.command = f"{parser.prog} {shlex.join(argv)}"
     try:
-        args = parser.parse_args(argv)
-        args.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
-        return main(args) or 0
-    except (ValueError, OSError) as err:
-        print(f"{parser.prog}: error: {' '.join(str(err).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+        return main(args)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
 
 
-def add_table_arguments(parser: argparse.ArgumentParser) -> None:
+def add_table_arguments(parser: Parser) -> None:
     """Which rows and columns to use."""
     group = parser.add_argument_group("table")
     group.add_argument(
@@ -67,7 +61,7 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_fit_arguments(parser: argparse.ArgumentParser, bootstrap: int = 1000) -> None:
+def add_fit_arguments(parser: Parser, bootstrap: int = 1000) -> None:
     """How to draw intervals."""
     group = parser.add_argument_group("intervals")
     group.add_argument(
@@ -84,7 +78,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser, bootstrap: int = 1000) ->
     )
 
 
-def add_weighted_argument(parser: argparse.ArgumentParser) -> None:
+def add_weighted_argument(parser: Parser) -> None:
     parser.add_argument(
         "--weighted", action="store_true", help="weight IsoFLOP minima by 1/sigma^2 (default: all count the same)"
     )

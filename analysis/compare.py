@@ -16,6 +16,7 @@ from analysis.frontier import TITLES, Frontier, compare, frontier_points, resolv
 from analysis.load import DataError, Table, check_comparable, load_table
 from analysis.result import Options
 from analysis.tables import number, with_interval
+from pallas_kernels.commands import Parser
 
 
 def compare_architectures(table: Table, base: str, variants: list[str], axis="arch", options=None):
@@ -63,8 +64,8 @@ def text_table(comparison: dict) -> str:
     return "\n".join([*lines, f"verdict: {comparison['verdict']}"])
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.compare",
         description="Compute-equivalent gain of architectures over a base, from IsoFLOP runs, with bootstrap bands.",
     )

@@ -22,6 +22,7 @@ from analysis import cli
 from analysis.isoflop import power_law
 from analysis.load import Table, load_curves, load_table
 from analysis.result import Fit, Options, interval
+from pallas_kernels.commands import Parser
 
 POINTS = 300  # compute grid
 WIDTH = 0.05  # smoothing, standard deviation in ln C
@@ -113,8 +114,8 @@ def _envelope(loss, N):
     return columns[inner], best[inner]
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.envelope",
         description="Compute-optimal size from the lower envelope of learning curves (approach 1).",
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 from analysis import cli, plots
 from analysis.load import DataError, load_curves
+from pallas_kernels.commands import Parser
 
 SHOWN = 4  # layers, spread over the depth
 
@@ -56,8 +57,8 @@ def figure(steps, load, information):
     return result
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m analysis.experts", description=__doc__.partition("\n")[0])
+def parser() -> Parser:
+    out = Parser(prog="python -m analysis.experts", description=__doc__.partition("\n")[0])
     out.add_argument("--run", required=True, help="run directory of efficient_lm.train")
     out.add_argument("--out", required=True, help="file to write: .svg, .pdf or .png")
     return out

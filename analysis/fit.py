@@ -15,6 +15,7 @@ from analysis.isoflop import best_of_budgets, default_budgets
 from analysis.laws import all_laws, get_law
 from analysis.load import Table, check_comparable, load_table
 from analysis.result import Fit, Options, interval, plain
+from pallas_kernels.commands import Parser
 
 LOST = 0.2  # share of bootstrap draws with a parameter at its bound above which a fit is refused
 
@@ -235,9 +236,9 @@ def _bar(total: int, text: str, options: Options):
     return tqdm(total=total, desc=text, disable=disable, leave=False)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     laws = "\n".join(f"  {law.name:<12} {law.formula}   ({law.title})" for law in all_laws().values())
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog="python -m analysis.fit",
         description="Fits a scaling law to a table of runs, with bootstrap intervals and a hold-out, and writes JSON.",
         epilog=f"laws:\n{laws}\n\nColumns are those of the law: N parameters, D tokens, C training FLOPs, "

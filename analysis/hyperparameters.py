@@ -17,6 +17,7 @@ from analysis.laws import get_law
 from analysis.load import DataError, Table, load_table
 from analysis.result import Options
 from analysis.tables import with_interval
+from pallas_kernels.commands import Parser
 
 TAUS = (0.001, 0.0025, 0.005)
 
@@ -71,8 +72,8 @@ def _spread(rows: list[dict]) -> list[str]:
     return notes
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.hyperparameters",
         description="Power laws of the best learning rate and batch, and how they depend on the near-best threshold.",
     )

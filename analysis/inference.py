@@ -23,6 +23,7 @@ from analysis.laws import get_law
 from analysis.load import load_table
 from analysis.result import interval
 from analysis.tables import count_interval, number, with_interval
+from pallas_kernels.commands import Parser
 
 
 def optimum(p, loss, inference_tokens, flops_factor: float = 6.0, inference_factor: float = 2.0) -> dict:
@@ -63,8 +64,8 @@ def optimum(p, loss, inference_tokens, flops_factor: float = 6.0, inference_fact
     return {"N": N, "D": D, "C": flops_factor * N * D, "total": total, "saving": plain / total}
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.inference",
         description="Cheapest model of a given loss, counting training and use (parametric loss law).",
     )

@@ -26,6 +26,7 @@ from analysis.laws.power import compute_for
 from analysis.load import DataError, Table, load_table
 from analysis.result import Options, interval
 from analysis.tables import number, with_interval
+from pallas_kernels.commands import Parser
 
 
 def leverage(
@@ -111,8 +112,8 @@ def published(at: dict[str, float], wanted: float | None) -> str:
     return f"no granularity gives EL {wanted:g}" if np.isnan(lo) else f"G from {lo:.3g} to {hi:.3g} gives at least that"
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.leverage",
         description="Efficiency leverage of sparse over dense models, from two sets of runs or from the published law.",
     )

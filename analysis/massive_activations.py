@@ -19,6 +19,7 @@ import pandas as pd
 
 from analysis import cli, emergence
 from analysis.load import DataError, load_curves
+from pallas_kernels.commands import Parser
 
 FACTS = (
     "run_id", "size", "intervention", "seed", "status", "n_layers", "d_model", "n_heads", "d_ff", "params",
@@ -325,8 +326,8 @@ def interventions_figure(probed: Probed, size: str | None = None):
 # ---------------------------------------------------------------------------------------------- the command
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m analysis.massive_activations", description=__doc__.partition("\n")[0])
+def parser() -> Parser:
+    out = Parser(prog="python -m analysis.massive_activations", description=__doc__.partition("\n")[0])
     out.add_argument("--store", required=True, nargs="+", metavar="PATH", help="run stores, or files made by --save")
     out.add_argument("--step", type=int, help="compare at this step: only runs that reached it, and only up to it")
     out.add_argument("--save", metavar="RUNS.JSONL", help="write what the probes saw, a line for each run")

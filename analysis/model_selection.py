@@ -19,6 +19,7 @@ from analysis.laws import get_law
 from analysis.load import Table, check_comparable, load_table
 from analysis.result import Options
 from analysis.tables import number
+from pallas_kernels.commands import Parser
 
 STARTS = 200  # of each law's grid
 DENSE = ("chinchilla", "tied_exponents", "kaplan")
@@ -107,8 +108,8 @@ def text_table(rows: list[dict]) -> str:
     return "\n".join([*lines, f"verdict: {verdict(rows)}"])
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.model_selection",
         description="Compares laws on one table by AIC and by their error on the dearest runs, held out.",
     )

@@ -24,6 +24,7 @@ from scipy import stats
 
 from analysis import cli
 from analysis.load import DataError
+from pallas_kernels.commands import Parser
 
 COLUMNS = (
     "run_id", "task", "trained_task", "arch", "lr", "seed", "state_bytes", "params", "steps", "trained_length",
@@ -284,8 +285,8 @@ def render(context: dict) -> str:
     return environment.get_template("recall.html").render(**context)
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m analysis.recall", description=__doc__.partition("\n")[0])
+def parser() -> Parser:
+    out = Parser(prog="python -m analysis.recall", description=__doc__.partition("\n")[0])
     out.add_argument("--store", required=True, nargs="+", metavar="PATH", help="run stores, or files made by --save")
     out.add_argument("--out", metavar="REPORT.HTML", help="one self-contained page")
     out.add_argument("--svg", metavar="PREFIX", help="write PREFIXstate.svg and PREFIXlength.svg")

@@ -19,6 +19,7 @@ from analysis.laws import Law, get_law
 from analysis.load import Table, check_comparable, load_table
 from analysis.result import Options, interval
 from analysis.tables import with_interval
+from pallas_kernels.commands import Parser
 
 DRAWS = 200  # per variation: the table compares values, their intervals need no second digit
 
@@ -145,8 +146,8 @@ def text_table(rows: list[dict]) -> str:
     return "\n".join([*lines, "* outside the interval of the first row"])
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.sensitivity",
         description="Fits a law again under other thresholds, without outliers and without the dearest runs.",
     )

@@ -27,6 +27,7 @@ from analysis.laws import get_law
 from analysis.load import DataError, load_table
 from analysis.result import Fit, Options
 from analysis.tables import with_interval
+from pallas_kernels.commands import Parser
 
 NEEDED = ("run_id", "activation", "d_model", "n_layers", "N", "D", "method", "at", "dial", "loss", "active")
 SHAPE = ["activation", "d_model", "n_layers"]
@@ -234,8 +235,8 @@ def fit_text(fit: Fit) -> str:
     return values + (f"; refused: {fit.refused}" if fit.refused else "")
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m analysis.sparsity", description=__doc__.partition("\n")[0])
+def parser() -> Parser:
+    out = Parser(prog="python -m analysis.sparsity", description=__doc__.partition("\n")[0])
     out.add_argument("--rows", required=True, nargs="+", metavar="JSONL", help="made by efficient_lm.sparsity")
     out.add_argument("--at", default="held", choices=("held", "rise", "zero"), help="which rows make A(D) (held)")
     out.add_argument("--first", type=float, default=0.0, metavar="TOKENS", help="leave out checkpoints before")

@@ -8,27 +8,27 @@ import typing
 
 from efficient_lm import config as configs
 from efficient_lm import hardware
-from efficient_lm.arguments import BAD_INPUT, Parser
 from efficient_lm.ffn import FFNS
 from efficient_lm.mixers import MIXERS
 from efficient_lm.schema import ConfigError
+from pallas_kernels.commands import Parser, command
 
 # 75 is EX_TEMPFAIL of sysexits.h: the same command, run again, goes on.
 EXIT_CODES = {"done": 0, "failed": 1, "diverged": 3, "preempted": 75}
 
 
+@command
 def main(train, argv=None) -> int:
     """Parse `argv`, run `train(config, workdir)`, print one closing line, return the exit code."""
+    overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(rest)
     try:
-        overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
-        args = _parser().parse_args(rest)
         if args.distributed:
             hardware.join_hosts(args.distributed)
         hardware.require_devices()
         info = train(configs.load(args.config, overrides), args.workdir)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    except ConfigError:
+        raise
     except Exception as error:
         traceback.print_exc()
         info = {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}

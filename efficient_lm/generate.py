@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_lm import checkpoint, hardware, metrics
-from efficient_lm.arguments import Parser
 from efficient_lm.config import from_dict
 from efficient_lm.data import open_data
 from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer
 from efficient_lm.schema import ConfigError
 from efficient_lm.train import make_init
+from pallas_kernels.commands import Parser, command
 
 
 def run_config(run):
@@ -91,6 +91,7 @@ def _draw(logits, temperature, top_k, key):
     return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
 
 
+@command
 def main(argv=None) -> int:
     """Command line; returns the exit code."""
     parser = Parser(prog="python -m efficient_lm.generate", description=__doc__.partition("\n")[0])
@@ -101,23 +102,19 @@ def main(argv=None) -> int:
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0 = all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int, default=0, help="checkpoint to use; 0 = the last")
-    try:
-        args = parser.parse_args(argv)
-        for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 0)):
-            if getattr(args, name) < low:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
-        cfg, lm, params = load_run(args.run, args.step)
-        data = open_data(cfg.data, seq_len=cfg.train.seq_len, batch_size=1, seed=cfg.seed, split="validation")
-        if data.tokenizer is None:
-            raise ConfigError(f"--run {args.run}: was trained on synthetic data {cfg.data.source!r}, which is no text")
-        prompts = [data.tokenizer.encode(text) for text in args.prompt]
-        if not all(len(prompt) for prompt in prompts):
-            raise ConfigError("--prompt '': must have at least one token")
-        if args.top_k > cfg.model.vocab_size:
-            raise ConfigError(f"--top-k {args.top_k}: must be at most the vocabulary, {cfg.model.vocab_size}")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 0)):
+        if getattr(args, name) < low:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+    cfg, lm, params = load_run(args.run, args.step)
+    data = open_data(cfg.data, seq_len=cfg.train.seq_len, batch_size=1, seed=cfg.seed, split="validation")
+    if data.tokenizer is None:
+        raise ConfigError(f"--run {args.run}: was trained on synthetic data {cfg.data.source!r}, which is no text")
+    prompts = [data.tokenizer.encode(text) for text in args.prompt]
+    if not all(len(prompt) for prompt in prompts):
+        raise ConfigError("--prompt '': must have at least one token")
+    if args.top_k > cfg.model.vocab_size:
+        raise ConfigError(f"--top-k {args.top_k}: must be at most the vocabulary, {cfg.model.vocab_size}")
     lengths = [len(prompt) for prompt in prompts]
     rows = np.stack([np.pad(prompt, (0, max(lengths) - len(prompt))) for prompt in prompts])
     tokens = sample(

@@ -12,8 +12,10 @@ import types
 import typing
 from typing import Any
 
+from pallas_kernels.commands import BadInput
 
-class ConfigError(ValueError):
+
+class ConfigError(BadInput):
     """A config that can't be used. The message is one line: field, value, what is allowed."""
 
 

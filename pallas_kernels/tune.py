@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuned
 from pallas_kernels.bench.timing import seconds
+from pallas_kernels.commands import Parser, command
 from pallas_kernels.gpu import diagonal_scan
 from pallas_kernels.gpu.tiles import not_hopper
 
@@ -92,8 +93,8 @@ def tune(op, shape, dtype, rate):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="pallas_kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python -m pallas_kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--op", default="diagonal_scan", choices=list(CASES))
     parser.add_argument("--shapes", default="8,2048,2048:1,16384,2048", help="B,T,D, several separated by ':'")
@@ -112,6 +113,7 @@ def arguments(argv):
     return args
 
 
+@command
 def main(argv=None):
     args = arguments(argv)
     path = args.out or tuned.FOLDER / f"{tuned.chip()}.json"

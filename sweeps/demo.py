@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from efficient_lm import config as configs
-from efficient_lm.arguments import Parser
 from efficient_lm.schema import ConfigError
+from pallas_kernels.commands import Parser, command
 from sweeps import launch
 from sweeps.plan import make_plan
 from sweeps.store import Store
@@ -24,6 +24,7 @@ CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sweeps" / "demo.p
 MOST_WORKERS = 8
 
 
+@command
 def main(argv=None) -> int:
     parser = Parser(
         prog="python -m sweeps.demo",
@@ -33,15 +34,11 @@ def main(argv=None) -> int:
     parser.add_argument("--store", default="runs/demo", help="run store (default runs/demo)")
     parser.add_argument("--config", default=os.path.relpath(CONFIG), help="sweep file")
     parser.add_argument("--workers", type=int, help="runs at a time (default: one per core, at most 8)")
-    try:
-        overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
-        args = parser.parse_args(rest)
-        if args.workers is not None and args.workers < 1:
-            raise ConfigError(f"workers = {args.workers}: must be at least 1")
-        return _demo(args, overrides)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return launch.EXIT_CONFIG
+    overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(rest)
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}: must be at least 1")
+    return _demo(args, overrides)
 
 
 def _demo(args, overrides) -> int:

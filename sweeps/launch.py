@@ -5,25 +5,21 @@ import sys
 import time
 
 from efficient_lm import config as configs
-from efficient_lm.arguments import Parser
-from efficient_lm.schema import ConfigError
+from pallas_kernels import commands
 from sweeps import local, plan
 from sweeps.store import Store
 from sweeps.tables import duration, totals
 
 LAUNCHERS = ("local", "slurm", "print")
 ORDERS = ("dearest", "listed")
-EXIT_FAILED, EXIT_CONFIG, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 75
+EXIT_FAILED, EXIT_DIVERGED, EXIT_STOPPED = 1, 3, 75
 
 
+@commands.command
 def main(argv=None) -> int:
-    try:
-        overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
-        args = _parser().parse_args(rest)
-        return _launch(args, overrides)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+    overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(rest)
+    return _launch(args, overrides)
 
 
 def _launch(args, overrides) -> int:
@@ -120,8 +116,8 @@ def _literal(value) -> str:
     return repr(value)
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def _parser() -> commands.Parser:
+    parser = commands.Parser(
         prog="python -m sweeps.launch",
         description="Run the cells of a sweep. Finished and diverged cells are never run again; interrupted ones go "
         "on from their checkpoints.",

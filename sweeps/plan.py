@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from efficient_lm import config as configs
 from efficient_lm import hardware
-from efficient_lm.arguments import Parser
 from efficient_lm.counting import count_flops, count_params
 from efficient_lm.schema import ConfigError
+from pallas_kernels.commands import Parser, command
 from sweeps.combine import Cell, as_cells
 from sweeps.isoflop import IsoFlop, Ladder, resolve
 from sweeps.local import gpus, split_cores
@@ -250,11 +250,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 def plan_from_arguments(args, overrides, store: Store | None) -> Plan:
     """The plan that the command line asks for, with predicted times where something was measured."""
     if args.workers is not None and args.workers < 1:
-        raise ConfigError(f"workers = {args.workers}: must be at least 1")
+        raise ConfigError(f"--workers {args.workers}: must be at least 1")
     if args.tokens_per_second is not None and not args.tokens_per_second > 0:
-        raise ConfigError(f"tokens-per-second = {args.tokens_per_second}: must be positive")
+        raise ConfigError(f"--tokens-per-second {args.tokens_per_second}: must be positive")
     if args.where and args.budget:
-        raise ConfigError(f"where = {args.where!r}: can't be combined with --budget, which chooses the cells itself")
+        raise ConfigError(f"--where {args.where!r}: can't be combined with --budget, which chooses the cells itself")
     workers, own_gpus = default_workers(args.workers), gpus()
     if not (args.calibrate or own_gpus):
         return _planned(args, overrides, store, workers)
@@ -305,6 +305,7 @@ def print_notes(plan: Plan, file=None) -> None:
         print(f"warning: {warning}", file=file)
 
 
+@command
 def main(argv=None) -> int:
     parser = Parser(
         prog="python -m sweeps.plan",
@@ -313,14 +314,10 @@ def main(argv=None) -> int:
     )
     add_plan_arguments(parser)
     parser.add_argument("--store", help="run store whose states to show, e.g. runs/NAME")
-    try:
-        overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
-        args = parser.parse_args(rest)
-        store = Store(args.store) if args.store else None
-        plan = plan_from_arguments(args, overrides, store)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(rest)
+    store = Store(args.store) if args.store else None
+    plan = plan_from_arguments(args, overrides, store)
     print(table(plan, store))
     print_notes(plan)
     print(totals(plan, default_workers(args.workers), store))

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 
-from efficient_lm.arguments import BAD_INPUT
 from efficient_lm.schema import ConfigError
+from pallas_kernels.commands import BAD_INPUT
 from sweeps.local import run_fields
 from sweeps.store import ENDED, Store
 

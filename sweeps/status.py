@@ -3,8 +3,8 @@
 import sys
 import time
 
-from efficient_lm.arguments import Parser
 from efficient_lm.schema import ConfigError
+from pallas_kernels.commands import Parser, command
 from sweeps.store import STATES, Store
 from sweeps.tables import align, duration
 
@@ -74,30 +74,25 @@ def summary(rows: list[dict]) -> str:
     return f"{len(rows)} cells: " + ", ".join(parts)
 
 
+@command
 def main(argv=None) -> int:
     parser = Parser(prog="python -m sweeps.status", description="States of the cells of a run store.")
     parser.add_argument("--store", required=True, help="run store, e.g. runs/NAME")
     parser.add_argument("--watch", action="store_true", help="refresh until no cell is running")
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between refreshes")
-    try:
-        args = parser.parse_args(argv)
-        store = Store(args.store)
-        if not store.path.is_dir():
-            raise ConfigError(f"store = {args.store!r}: no such directory")
-        while True:
-            rows = rows_of(store)
-            if not rows:
-                raise ConfigError(f"store = {args.store!r}: holds neither sweep.json nor runs")
-            text = table(rows) + "\n" + summary(rows)
-            print("\x1b[2J\x1b[H" + text if args.watch and sys.stdout.isatty() else text, flush=True)
-            if not args.watch or not any(row["state"] == "running" for row in rows):
-                return 0
-            time.sleep(args.interval)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    args = parser.parse_args(argv)
+    store = Store(args.store)
+    if not store.path.is_dir():
+        raise ConfigError(f"store = {args.store!r}: no such directory")
+    while True:
+        rows = rows_of(store)
+        if not rows:
+            raise ConfigError(f"store = {args.store!r}: holds neither sweep.json nor runs")
+        text = table(rows) + "\n" + summary(rows)
+        print("\x1b[2J\x1b[H" + text if args.watch and sys.stdout.isatty() else text, flush=True)
+        if not args.watch or not any(row["state"] == "running" for row in rows):
+            return 0
+        time.sleep(args.interval)
 
 
 if __name__ == "__main__":

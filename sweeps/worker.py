@@ -8,31 +8,38 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import traceback
 from contextlib import contextmanager
 
+from pallas_kernels.commands import BadInput, Parser, command
 from sweeps.store import ENDED, Store
 
 TRAINER = "efficient_lm.train:train"
 
 
+@command
 def main(argv=None) -> int:
-    """Arguments: the store, the trainer as 'module:function', the core ids to run on ('0,1'; '' = all)."""
-    store_path, trainer_name, cores = sys.argv[1:] if argv is None else argv
-    if cores:
-        # Before JAX is imported, since XLA sizes its thread pool by the cores it sees.
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    parser = Parser(prog="python -m sweeps.worker", description="Train the cells that sweeps.launch gives on stdin.")
+    parser.add_argument("store", help="run store")
+    parser.add_argument("trainer", help="module:function")
+    parser.add_argument("cores", help="ids of the cores to run on, as in 0,1")
+    args = parser.parse_args(argv)
+    if not re.fullmatch(r"\d+(,\d+)*", args.cores):
+        raise BadInput(f"cores {args.cores!r}: must be numbers separated by commas")
+    # Before JAX is imported, since XLA sizes its thread pool by the cores it sees.
+    os.sched_setaffinity(0, {int(core) for core in args.cores.split(",")})
     end_with_parent(signal.SIGTERM)
     answers = os.fdopen(os.dup(1), "w")
-    store = Store(store_path)
+    store = Store(args.store)
     for line in iter(sys.stdin.readline, ""):
         job = json.loads(line)
         run_id = job["run_id"]
         store.run_dir(run_id).mkdir(parents=True, exist_ok=True)
         with _output_to(store.run_dir(run_id) / "log.txt"):
-            status = run_cell(store, job, trainer_name)
+            status = run_cell(store, job, args.trainer)
         print(json.dumps({"run_id": run_id, "status": status}), file=answers, flush=True)
         if status == "preempted":
             return 0

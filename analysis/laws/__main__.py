@@ -9,6 +9,7 @@ import sys
 
 from analysis import cli
 from analysis.laws import Law, all_laws, get_law
+from pallas_kernels.commands import Parser
 
 
 def describe(law: Law, full: bool = False) -> str:
@@ -31,8 +32,8 @@ def describe(law: Law, full: bool = False) -> str:
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+def parser() -> Parser:
+    out = Parser(
         prog="python -m analysis.laws",
         description="Lists the laws that analysis.fit can fit: formula, variables with units, constants and source.",
     )

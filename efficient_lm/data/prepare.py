@@ -18,13 +18,13 @@ import tempfile
 
 from tqdm import tqdm
 
-from efficient_lm.arguments import Parser
 from efficient_lm.data import recipes
 from efficient_lm.data.corpus import Corpus, train_corpus_bpe
 from efficient_lm.data.store import open_store, write
 from efficient_lm.data.text_files import find_files, read_documents
 from efficient_lm.data.tokenization import bpe_size, load_tokenizer
 from efficient_lm.schema import ConfigError
+from pallas_kernels.commands import Parser, command
 
 
 def parser() -> Parser:
@@ -48,21 +48,15 @@ def parser() -> Parser:
     return p
 
 
+@command
 def main(argv=None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that scratch directories are removed
-    try:
-        args = parser().parse_args(argv)
-        if args.verify:
-            spec = open_store(args.verify, verify=True).spec
-            print(f"{args.verify}: {spec['name']}, {spec['n_tokens']:,} tokens, sha256 as in spec.json")
-        else:
-            _prepare(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    args = parser().parse_args(argv)
+    if args.verify:
+        spec = open_store(args.verify, verify=True).spec
+        print(f"{args.verify}: {spec['name']}, {spec['n_tokens']:,} tokens, sha256 as in spec.json")
+    else:
+        _prepare(args)
     return 0
 
 

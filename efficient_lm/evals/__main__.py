@@ -7,36 +7,33 @@ from pathlib import Path
 from tqdm import tqdm
 
 from efficient_lm import metrics
-from efficient_lm.arguments import Parser
 from efficient_lm.cli import field_lines
 from efficient_lm.data.batches import load_sources
 from efficient_lm.data.tasks import TASKS
 from efficient_lm.evals.evaluate import TaskSpec, evaluate_run
 from efficient_lm.schema import ConfigError
+from pallas_kernels.commands import Parser, command
 
 COLUMNS = ("task", "length", "accuracy", "+-", "rows right", "chance", "loss")
 
 
+@command
 def main(argv=None) -> int:
     """Returns the exit code."""
-    try:
-        args = _parser().parse_args(argv)
-        specs = [TaskSpec.parse(text) for text in _split(args.tasks)]
-        lengths = [_whole(text, "--lengths") for text in _split(args.lengths)]
-        options = {
-            "lengths": lengths,
-            "rows": _whole(args.rows, "--rows"),
-            "vocab_size": _whole(args.vocab_size, "--vocab-size", low=0),
-            "step": _whole(args.step, "--step", low=0),
-            "validation": not args.no_validation,
-        }
-        for run in _runs(args):
-            result = evaluate_run(run, specs, **options, each=lambda work: tqdm(work, disable=None, leave=False))
-            metrics.write_json(Path(run) / "evals.json", result)
-            print(table(run, result), flush=True)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = _parser().parse_args(argv)
+    specs = [TaskSpec.parse(text) for text in _split(args.tasks)]
+    lengths = [_whole(text, "--lengths") for text in _split(args.lengths)]
+    options = {
+        "lengths": lengths,
+        "rows": _whole(args.rows, "--rows"),
+        "vocab_size": _whole(args.vocab_size, "--vocab-size", low=0),
+        "step": _whole(args.step, "--step", low=0),
+        "validation": not args.no_validation,
+    }
+    for run in _runs(args):
+        result = evaluate_run(run, specs, **options, each=lambda work: tqdm(work, disable=None, leave=False))
+        metrics.write_json(Path(run) / "evals.json", result)
+        print(table(run, result), flush=True)
     return 0
 
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from efficient_lm import config as configs
 from efficient_lm import hardware
-from efficient_lm.arguments import Parser
 from efficient_lm.counting import count_flops, count_params
 from efficient_lm.ffn import FFNS, dispatch, routing
 from efficient_lm.ffn.moe import Bank, MoEConfig
@@ -29,6 +28,7 @@ from efficient_lm.schema import ConfigError, to_dict
 from efficient_lm.train import make_init, make_train_step
 from pallas_kernels import api
 from pallas_kernels.bench.timing import seconds
+from pallas_kernels.commands import Parser, command
 
 LIMIT = 0.2  # seconds of timing a part
 
@@ -215,18 +215,15 @@ def parser() -> Parser:
     return out
 
 
+@command
 def main(argv=None) -> int:
-    try:
-        overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
-        args = parser().parse_args(rest)
-        if args.rows < 1:
-            raise ConfigError(f"rows = {args.rows}: must be at least 1")
-        hardware.require_devices()
-        hardware.enable_compile_cache()
-        table = measure(configs.load(args.config, overrides), args.rows, args.implementations.split(","))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(rest)
+    if args.rows < 1:
+        raise ConfigError(f"--rows {args.rows}: must be at least 1")
+    hardware.require_devices()
+    hardware.enable_compile_cache()
+    table = measure(configs.load(args.config, overrides), args.rows, args.implementations.split(","))
     if args.out:
         with open(args.out, "w") as file:
             json.dump(table, file, indent=1)

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import jax
 
-from efficient_lm.arguments import Parser
 from efficient_lm.config import from_dict
 from efficient_lm.layers import Maker
 from efficient_lm.mixers import MIXERS, model_of
 from efficient_lm.model import Part
 from efficient_lm.schema import ConfigError
+from pallas_kernels.commands import Parser, command
 
 COLUMNS = ("mixer", "parameters", "/ d^2", "state bytes", "MFLOPs/token", "executed")
 
 
+@command
 def main(argv=None) -> int:
     parser = Parser(
         prog="python -m efficient_lm.mixers",
@@ -34,19 +35,15 @@ def main(argv=None) -> int:
         "--conformance", help="adds the outcome of `pytest tests/conformance/test_mixers.py --junitxml FILE`"
     )
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    try:
-        args = parser.parse_args(argv)
-        columns, rows = table(args.d_model, args.seq_len)
-        notes = [f"One layer, d_model {args.d_model}, T {args.seq_len}, default settings."]
-        if args.conformance:
-            add_column(columns, rows, "conformance", conformance(args.conformance))
-        if args.runs:
-            losses, note = matched_losses(args.runs)
-            add_column(columns, rows, "loss", losses)
-            notes.append(note)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    columns, rows = table(args.d_model, args.seq_len)
+    notes = [f"One layer, d_model {args.d_model}, T {args.seq_len}, default settings."]
+    if args.conformance:
+        add_column(columns, rows, "conformance", conformance(args.conformance))
+    if args.runs:
+        losses, note = matched_losses(args.runs)
+        add_column(columns, rows, "loss", losses)
+        notes.append(note)
     operators = [MIXERS[row[0]].kernel for row in rows]
     print("\n".join(notes), end="\n\n" if args.markdown else "\n")
     print("\n".join((as_markdown if args.markdown else as_text)(columns, rows, operators)))

@@ -13,13 +13,13 @@ import numpy as np
 
 from efficient_lm import config as configs
 from efficient_lm import hardware, sharding
-from efficient_lm.arguments import Parser
 from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer
 from efficient_lm.probes import PROBES
 from efficient_lm.probes.run import LAST_POWER, Prober, due
 from efficient_lm.schema import ConfigError
 from efficient_lm.train import fields_used, make_init, make_train_step
+from pallas_kernels.commands import Parser, command
 
 
 def measure(cfg, repeats: int = 10) -> dict:
@@ -61,20 +61,17 @@ def random_tokens(cfg, rows: int) -> dict:
     return fields | {"segment_ids": np.ones(shape, np.int32), "positions": positions}
 
 
+@command
 def main(argv=None) -> int:
-    try:
-        overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
-        parser = Parser(prog="python -m efficient_lm.probes", description=__doc__.split("\n")[2])
-        parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
-        parser.add_argument("--repeats", type=int, default=10, help="timed steps (default 10)")
-        args = parser.parse_args(rest)
-        if args.repeats < 1:
-            raise ConfigError(f"--repeats {args.repeats}: must be at least 1")
-        hardware.require_devices()
-        cfg = configs.load(args.config, overrides)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
+    parser = Parser(prog="python -m efficient_lm.probes", description=__doc__.split("\n")[2])
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps (default 10)")
+    args = parser.parse_args(rest)
+    if args.repeats < 1:
+        raise ConfigError(f"--repeats {args.repeats}: must be at least 1")
+    hardware.require_devices()
+    cfg = configs.load(args.config, overrides)
     seconds, every = measure(cfg, args.repeats), cfg.probes.every
     early = sum(due(step, every) for step in range(LAST_POWER + 1)) * seconds["probe"] / LAST_POWER
     print(

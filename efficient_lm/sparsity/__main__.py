@@ -8,42 +8,39 @@ from pathlib import Path
 import numpy as np
 
 from efficient_lm import checkpoint, metrics
-from efficient_lm.arguments import Parser
 from efficient_lm.config import run_id
 from efficient_lm.generate import load_run, run_config
 from efficient_lm.schema import ConfigError
 from efficient_lm.sparsity.measure import Measured, Validation
 from efficient_lm.sparsity.methods import METHODS
+from pallas_kernels.commands import Parser, command
 
 LAST = 5  # checkpoints whose CETT is averaged (2411.02335)
 
 
+@command
 def main(argv=None) -> int:
     """Returns the exit code."""
-    try:
-        args = _parser().parse_args(argv)
-        options = {
-            "methods": _methods(args.methods, "--methods"),
-            "curves": _methods(args.curves, "--curves"),
-            "dials": [_number(text, "--dials", 0.0, 1.0) for text in _split(args.dials)],
-            "percent": _number(args.percent, "--percent", 0.0, 1000.0),
-            "tokens": int(_number(args.tokens, "--tokens", 1.0, 1e12)),
-            "calibration_tokens": int(_number(args.calibration_tokens, "--calibration-tokens", 1.0, 1e9)),
-        }
-        runs = [(run, _steps(run, args.checkpoints)) for run in _runs(args)]
-        done = {(row.get("run_id"), row.get("last_step")) for row in metrics.read_rows(args.out)}
-        with open(args.out, "a") as file:
-            for run, steps in runs:
-                if ((metrics.read_json(Path(run) / "run.json") or {}).get("run_id"), steps[-1]) in done:
-                    continue
-                # A run at a time, so that a command that was cut short and is given again goes on with the next one.
-                rows = list(measure(run, steps, **options))
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
-                print(f"{run}: {len(rows)} rows", flush=True)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = _parser().parse_args(argv)
+    options = {
+        "methods": _methods(args.methods, "--methods"),
+        "curves": _methods(args.curves, "--curves"),
+        "dials": [_number(text, "--dials", 0.0, 1.0) for text in _split(args.dials)],
+        "percent": _number(args.percent, "--percent", 0.0, 1000.0),
+        "tokens": int(_number(args.tokens, "--tokens", 1.0, 1e12)),
+        "calibration_tokens": int(_number(args.calibration_tokens, "--calibration-tokens", 1.0, 1e9)),
+    }
+    runs = [(run, _steps(run, args.checkpoints)) for run in _runs(args)]
+    done = {(row.get("run_id"), row.get("last_step")) for row in metrics.read_rows(args.out)}
+    with open(args.out, "a") as file:
+        for run, steps in runs:
+            if ((metrics.read_json(Path(run) / "run.json") or {}).get("run_id"), steps[-1]) in done:
+                continue
+            # A run at a time, so that a command that was cut short and is given again goes on with the next one.
+            rows = list(measure(run, steps, **options))
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            print(f"{run}: {len(rows)} rows", flush=True)
     return 0
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.bench.cases import OPS, make_inputs
 from pallas_kernels.bench.timing import seconds
+from pallas_kernels.commands import Parser, command
 
 IMPLEMENTATIONS = ("auto", *dispatch.IMPLEMENTATIONS)
 
@@ -88,8 +89,8 @@ def line(row):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog="pallas_kernels.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m pallas_kernels.bench", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", default="gla", help=f"comma-separated, of: {', '.join(OPS)}; or 'all'")
     parser.add_argument("--shapes", default="1,2048,4,64,64", help="B,T,H,K,V, several separated by ':'")
     parser.add_argument("--implementations", default="auto", help=f"comma-separated, of: {', '.join(IMPLEMENTATIONS)}")
@@ -112,9 +113,14 @@ def arguments(argv):
     for shape in args.shapes:
         if len(shape) != 5 or min(shape) < 1:
             parser.error(f"--shapes {shape}: five positive numbers B,T,H,K,V")
+    for flag, value in (("--seconds", args.seconds), ("--peak-flops", args.peak_flops),
+                        ("--peak-bandwidth", args.peak_bandwidth)):
+        if value is not None and not value > 0:
+            parser.error(f"{flag} {value}: must be positive")
     return args
 
 
+@command
 def main(argv=None):
     args = arguments(argv)
     flops, bandwidth = (None, None) if args.peak_flops and args.peak_bandwidth else measured_peaks(args.dtype)

@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 
 import jax
@@ -28,6 +29,7 @@ import numpy as np
 
 from pallas_kernels.bench.timing import seconds
 from pallas_kernels.bench.turns import compile_all, run_all
+from pallas_kernels.commands import Parser, command
 from pallas_kernels.gpu.bench_cases import FAMILIES, SHAPES, forward, forward_backward, make_inputs, work
 
 L2_FLUSH = 2**26  # float32 numbers: several times the cache
@@ -205,9 +207,12 @@ def line(row):
     )
 
 
+@command
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="pallas_kernels.gpu.bench_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python -m pallas_kernels.gpu.bench_gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--families", default=",".join(FAMILIES), help="comma list of: %(default)s")
@@ -221,6 +226,8 @@ def main(argv=None):
             parser.error(f"--families {name}: allowed are {', '.join(FAMILIES)}")
     if not set(args.shapes.split(",")) <= set(map(str, range(len(SHAPES)))):
         parser.error(f"--shapes {args.shapes}: allowed are indices from 0 to {len(SHAPES) - 1}")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: must be at least 1")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the GPU's memory
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + XLA_FLAGS
     if jax.default_backend() != "gpu":
@@ -255,4 +262,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ import json
 import re
 import sys
 
+from pallas_kernels.commands import BadInput, Parser, command
 from pallas_kernels.gpu.bench_cases import FAMILIES
 
 ROWS = tuple(f"analysis/results/kernels/{name}.json" for name in ("h100_earlier", "h100_shapes", "h100"))
@@ -24,12 +25,23 @@ PEERS = ("analysis/results/kernels/h100_peers_recorded.json", "analysis/results/
 MODES = ("fwd", "fwdbwd")
 
 
+def document(path):
+    """The JSON object of a file, which has rows. Raises BadInput."""
+    with open(path) as f:
+        try:
+            doc = json.load(f)
+        except ValueError as error:
+            raise BadInput(f"{path}: not JSON ({error})") from None
+    if "rows" not in doc:
+        raise BadInput(f"{path}: has no 'rows'")
+    return doc
+
+
 def read(paths):
     """(documents, {(family, implementation, shape): {mode: row}}, {family: errors}) of the benchmark's files."""
     rows, errors, docs, notes = {}, {}, [], 0
     for path in paths:
-        with open(path) as f:
-            docs.append(json.load(f))
+        docs.append(document(path))
         notes += "note" in docs[-1]
         docs[-1]["star"] = "*" * notes if "note" in docs[-1] else ""
         for row in docs[-1]["rows"]:
@@ -42,20 +54,19 @@ def read(paths):
 
 
 def read_peers(paths):
-    """{(family, shape): {name: {mode: row}}} of the files' rows; ValueError where a row cannot be placed."""
+    """{(family, shape): {name: {mode: row}}} of the files' rows; BadInput where a row cannot be placed."""
     peers = {}
     for path in paths:
-        with open(path) as f:
-            doc = json.load(f)
+        doc = document(path)
         for i, row in enumerate(doc["rows"]):
             if "failed" in row:
                 continue
             if missing := [key for key in ("family", "name", "shape", "mode") if key not in row]:
-                raise ValueError(f"{path}: row {i} lacks {missing[0]}")
+                raise BadInput(f"{path}: row {i} lacks {missing[0]}")
             if row["family"] not in FAMILIES:
-                raise ValueError(f"{path}: row {i} has family {row['family']}: allowed are {', '.join(FAMILIES)}")
+                raise BadInput(f"{path}: row {i} has family {row['family']}: allowed are {', '.join(FAMILIES)}")
             if row["mode"] not in MODES or not {"kernel_ms", "ms"} & set(row):
-                raise ValueError(f"{path}: row {i} needs mode {' or '.join(MODES)}, and kernel_ms or ms")
+                raise BadInput(f"{path}: row {i} needs mode {' or '.join(MODES)}, and kernel_ms or ms")
             named = peers.setdefault((row["family"], tuple(row["shape"])), {})
             named.setdefault(row["name"], {})[row["mode"]] = row | {"device": doc["device"], "date": doc.get("date")}
     return peers
@@ -152,21 +163,19 @@ def insert(text, tables):
     return text
 
 
+@command
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="pallas_kernels.gpu.bench_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python -m pallas_kernels.gpu.bench_table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="JSON", help="files of bench_gpu")
     parser.add_argument("--peers", nargs="+", default=PEERS, metavar="JSON", help="timings of public kernels")
     parser.add_argument("--write", nargs="+", metavar="FILE", help="put the tables into these Markdown files")
     args = parser.parse_args(argv)
-    try:
-        docs, rows, errors = read(args.rows)
-        peers = read_peers(args.peers)
-    except FileNotFoundError as error:
-        parser.error(f"{error.filename}: no such file")
-    except ValueError as error:
-        parser.error(str(error))
+    docs, rows, errors = read(args.rows)
+    peers = read_peers(args.peers)
     limits = "; ".join(
         f"{doc['device']}: matmul {doc['matmul_tflops']:.0f} TFLOP/s, copy {doc['copy_gbs']:.0f} GB/s" for doc in docs
     )

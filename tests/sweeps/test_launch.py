@@ -237,7 +237,7 @@ def test_bad_arguments_give_one_line_and_leave_the_store(make_sweep, tmp_path, c
         good[:2],
         ["--config", plan.config, "--store", "/proc/none/store"],
     ):
-        assert launch.main(bad) == launch.EXIT_CONFIG
+        assert launch.main(bad) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 9 and all(line.startswith("error: ") for line in lines)
     assert not store.exists()
