@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import cli
-from analysis.frontier import Frontier, frontier_points
+from analysis.frontier import Frontier, frontier_points, share_floor
 from analysis.isoflop import Profile, fit_profile
 from analysis.leverage_laws import Leverages, report, verdict
 from analysis.load import DataError, Table, check_comparable, load_curves, load_table, made_by, read
@@ -45,7 +45,6 @@ EDGES = {
     "few": "fewer than three sizes",
 }
 REDUNDANT = ["name", "reason", "steps_done", "N_nonemb_head", "C_model_causal"]  # of ended runs: arch, -, steps, N, C
-FLOORS = np.linspace(0.0, 0.99, 100)  # shares of the lowest loss
 
 
 def gather(paths, **options) -> pd.DataFrame:
@@ -124,7 +123,7 @@ def sweep_leverages(
     names = [frontier.name for frontier in frontiers]
     if base not in names or len(names) < 2:
         raise ValueError(f"arch {base!r} and another one are needed; {table.source} has {', '.join(names) or 'none'}")
-    frontiers = above_one_floor(frontiers)
+    frontiers = share_floor(frontiers)
     dense = frontiers[names.index(base)]
     off = np.sqrt(np.mean((dense.law(dense.C)[0] - dense.loss) ** 2))
     notes.append(
@@ -209,22 +208,6 @@ def seed_noise(rows: pd.DataFrame) -> tuple[float, float]:
     if not freedom:
         raise ValueError("no size near the best was run with two seeds: give their spread, --seed-noise NATS")
     return (squares / freedom) ** 0.5, freedom
-
-
-def above_one_floor(frontiers: list[Frontier]) -> list[Frontier]:
-    """The frontiers above the floor of least squares, from a grid between 0 and the lowest loss, draw by draw."""
-    lowest = min(frontier.loss_draws.min() for frontier in frontiers)
-    draws = len(frontiers[0].loss_draws)
-    best, floor = np.full(1 + draws, np.inf), np.zeros(1 + draws)
-    for E in FLOORS * lowest:
-        error = 0.0
-        for frontier in frontiers:
-            fitted, drawn = frontier.with_floor(E, E).law(frontier.C)
-            points = np.concatenate([frontier.loss[None], frontier.loss_draws])
-            error += np.sum((points - np.concatenate([fitted[None], drawn])) ** 2, axis=1)
-        better = error < best
-        best[better], floor[better] = error[better], E
-    return [frontier.with_floor(float(floor[0]), floor[1:]) for frontier in frontiers]
 
 
 # ---------------------------------------------------------------------------------------------- command line
