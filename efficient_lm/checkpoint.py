@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from efficient_lm import metrics
 from efficient_lm.schema import ConfigError
 from efficient_lm.sharding import path_of
 
@@ -104,7 +105,7 @@ def _nest(tree):
 def first_state(train, directory, like):
     """The last checkpoint in `directory`, else the one that `train` (TrainConfig) names in init_from, else None.
 
-    Raises ConfigError where init_from has no such checkpoint.
+    Raises ConfigError where init_from has no such checkpoint, or steps of another number of tokens.
     """
     found = steps(directory)
     if found:
@@ -118,6 +119,13 @@ def first_state(train, directory, like):
         have = ", ".join(map(str, found)) or "none"
         field, value = ("init_step", step) if train.init_step else ("init_from", str(trunk))
         raise ConfigError(f"config.train.{field} = {value!r}: no such checkpoint in {trunk}; there are: {have}")
+    stored = (metrics.read_json(trunk / "config.json") or {}).get("train", {})
+    there, here = stored.get("batch_size", 0) * stored.get("seq_len", 0), train.batch_size * train.seq_len
+    if there and there != here:
+        raise ConfigError(
+            f"config.train.init_from = {str(trunk)!r}: has {there} tokens a step, and this config {here}: the tokens "
+            f"and FLOPs of step {step} would be counted wrongly"
+        )
     if step >= train.steps:
         raise ConfigError(f"config.train.steps = {train.steps}: must exceed the step of init_from, {step}")
     return restore(trunk / "ckpt", step, like)

@@ -7,6 +7,7 @@ metrics.jsonl is ignored by readers and closed by the next writer.
 import datetime
 import fcntl
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import math
@@ -55,6 +56,23 @@ class RunDir:
         if difference:
             field, there, here = difference
             raise ConfigError(f"workdir = {str(self.path)!r}: holds a run with {field} = {there!r}, not {here!r}")
+
+    def require_same_data(self, spec: dict, start: int) -> None:
+        """Raises ConfigError where the steps before `start` were taken on other tokens than those of `spec`."""
+        before, now = (s.get("sha256") or {} for s in (self.info.get("data") or {}, spec))
+        if start and before and before["tokens.bin"] != now.get("tokens.bin"):
+            raise ConfigError(
+                f"config.data = {self.cfg.data.path or self.cfg.data.source!r}: holds other tokens than this run was "
+                f"trained on up to step {start}; bring those back, or begin anew in another workdir"
+            )
+
+    def code_hashes(self, start: int) -> str:
+        """`code_hash` of this process, behind those of the processes that took the steps before `start`: 'old+new'."""
+        before = (self.info.get("code_hash") or "").split("+") if start else []
+        hashes = list(dict.fromkeys(h for h in (*before, code_hash(self.cfg.model.plugins)) if h))
+        if len(hashes) > 1 and self.writer:
+            print(f"note: other sources trained this run up to step {start}; its code_hash is {'+'.join(hashes)}")
+        return "+".join(hashes)
 
     def begin(self, **info):
         """Write config.json and the first run.json of this process; keys of an earlier process stay."""
@@ -151,11 +169,13 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
-def code_hash() -> str:
-    """12 hex digits over the Python files of efficient_lm and pallas_kernels."""
-    root = Path(__file__).resolve().parent.parent
+def code_hash(plugins=()) -> str:
+    """12 hex digits over the Python files of efficient_lm and pallas_kernels, and of imported modules `plugins`."""
     digest = hashlib.sha256()
-    for package in ("efficient_lm", "pallas_kernels"):
-        for path in sorted((root / package).rglob("*.py")):
+    for name in ("efficient_lm", "pallas_kernels", *sorted(set(plugins))):
+        module = Path(importlib.import_module(name).__file__).resolve()
+        files = sorted(module.parent.rglob("*.py")) if module.name == "__init__.py" else [module]
+        root = module.parent.parent if module.name == "__init__.py" else module.parent
+        for path in files:
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

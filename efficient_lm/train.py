@@ -196,6 +196,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
             state["params"] = upcycled(opts.upcycle_from, lm, state["params"])
             state["ema"] = jax.tree.map(jnp.copy, state["params"]) if opts.ema else {}
     start = int(state["step"])
+    run.require_same_data(data.spec, start)
 
     # The compiled functions.
     whole = sharding.replicated(mesh)
@@ -242,7 +243,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
         **{"final_loss": None, "final_bpb": None, "final_accuracy": None},
         **{"state_bytes": decode_state_bytes(cfg, opts.seq_len)},
         **{"hardware": hardware.describe(mesh), "peak_flops": peak},
-        **{"versions": metrics.versions(), "code_hash": metrics.code_hash(), "data": data.spec},
+        **{"versions": metrics.versions(), "code_hash": run.code_hashes(start), "data": data.spec},
     )
     recorder = Recorder(
         run,

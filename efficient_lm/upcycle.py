@@ -4,8 +4,8 @@ With n_shared = 0, normalised weights and experts as wide as the dense FFN, the 
 did. `config.train.upcycle_from` names the dense run. Layer i starts from layer i, wherever the two patterns put it:
 
     python -m efficient_lm.train --config configs/dense.py:tiny --workdir runs/dense
-    python -m efficient_lm.train --config configs/moe.py:tiny --workdir runs/moe --config.train.upcycle_from=runs/dense \\
-        --config.model.ffns.moe.n_shared=0 --config.model.ffns.moe.d_expert=168
+    python -m efficient_lm.train --config configs/moe.py:tiny --workdir runs/moe --config.model.ffns.moe.n_shared=0 \\
+        --config.model.ffns.moe.d_expert=168 --config.train.upcycle_from=runs/dense
 """
 
 from pathlib import Path

@@ -8,6 +8,7 @@ import pytest
 
 from efficient_lm.config import from_dict
 from efficient_lm.counting import count_params
+from efficient_lm.metrics import code_hash
 from efficient_lm.mixers import MIXERS
 from tests.conformance import test_mixers
 
@@ -22,6 +23,15 @@ def ema(tmp_path, monkeypatch):
     yield
     MIXERS.pop("ema", None)
     sys.modules.pop("ema", None)
+
+
+def test_the_hash_of_the_sources_covers_plugins(ema, tmp_path):
+    from_dict({"model": {"plugins": "ema"}})
+    before = code_hash(("ema",))
+    assert before != code_hash()
+    with open(tmp_path / "ema.py", "a") as file:
+        file.write("# another version\n")
+    assert code_hash(("ema",)) not in (before, code_hash())
 
 
 def test_readme_mixer_passes_the_conformance_suite(ema, monkeypatch):

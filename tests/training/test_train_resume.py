@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from efficient_lm import checkpoint
+from efficient_lm.data import store as stores
+from efficient_lm.data.tokenization import ByteTokenizer
 from efficient_lm.metrics import read_rows
 from efficient_lm.schema import ConfigError
 
@@ -104,6 +106,33 @@ def test_command_line_saves_on_sigterm_resumes_and_knows_when_it_is_done(tmp_pat
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps_done"] == 1200
 
 
+def test_resuming_on_other_tokens_is_refused(small, train_one, tmp_path):
+    def prepare(text):
+        documents = [f"{text} {i} ".encode() * 40 for i in range(40)]
+        stores.write(tmp_path / "data", documents, ByteTokenizer(), name="mine", about={}, overwrite=True)
+
+    prepared = {"data.source": "prepared", "data.path": str(tmp_path / "data"), "data.vocab_size": 64}
+    cfg = small(**prepared, **{"model.vocab_size": 256})
+    prepare("one")
+    train_one(cfg, tmp_path / "run", should_stop=lambda step: step == 6)
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    prepare("two")
+    with pytest.raises(ConfigError, match=r"config\.data = '.*data': holds other tokens .* up to step 6"):
+        train_one(cfg, tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    prepare("one")
+    assert train_one(cfg, tmp_path / "run")["status"] == "done"
+
+
+def test_a_run_by_two_versions_of_the_sources_says_so(small, train_one, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("efficient_lm.metrics.code_hash", lambda plugins: "old")
+    train_one(small(), tmp_path / "run", should_stop=lambda step: step == 6)
+    monkeypatch.setattr("efficient_lm.metrics.code_hash", lambda plugins: "new")
+    assert train_one(small(), tmp_path / "run")["code_hash"] == "old+new"
+    assert "other sources trained this run up to step 6" in capsys.readouterr().out
+    assert train_one(small(), tmp_path / "fresh")["code_hash"] == "new"
+
+
 def test_a_run_that_is_done_is_left_alone(small, train_one, tmp_path, capsys):
     cfg = small()
     first = train_one(cfg, tmp_path / "run")
@@ -139,6 +168,9 @@ def test_branch_without_its_trunk_is_refused(small, train_one, tmp_path):
     train_one(small(), tmp_path / "trunk")
     with pytest.raises(ConfigError, match=r"config\.train\.steps = 12: must exceed the step of init_from, 12"):
         train_one(small(**{"train.init_from": str(tmp_path / "trunk")}), tmp_path / "branch")
+    with pytest.raises(ConfigError, match=r"config\.train\.init_from = .*has 64 tokens a step, and this config 128"):
+        changes = {"train.init_from": str(tmp_path / "trunk"), "train.batch_size": 8, "train.steps": 20}
+        train_one(small(**changes), tmp_path / "branch")
 
 
 def test_resume_on_another_mesh_gives_the_same_losses(small, train_one, tmp_path):
