@@ -1,11 +1,13 @@
 """A mixture that starts from a dense run computes what that did, and trains on from there."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm import checkpoint
+from efficient_lm import checkpoint, metrics
 from efficient_lm.model import LM
 from efficient_lm.schema import ConfigError
 from efficient_lm.upcycle import upcycled
@@ -39,6 +41,26 @@ def test_layers_keep_their_place_whatever_the_pattern(small, train_one, tmp_path
     start = upcycled(str(tmp_path / "dense"), lm, jax.jit(lm.init)(jax.random.key(0)))
     tokens = jnp.arange(32).reshape(2, 16)
     np.testing.assert_allclose(lm(start, tokens)[0], LM(cfg.model)(params, tokens)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_no_setting_of_the_router_changes_the_function(small, monkeypatch, quick_compile):
+    """Nor room for all choices, nor the activation's own parameters; in a prefix and in the scanned pattern."""
+    ffn = {"glu": False, "activation": "polynorm"}
+    dense = {"kind": "dense", "d_ff": 24} | ffn
+    router = {"score": "sigmoid", "bias_rate": 0.01, "n_groups": 2, "top_groups": 1, "temperature": 2.0}
+    moe = MOE | ffn | router | {"balance_scope": "step", "capacity_factor": 2.0}
+    layers = {"model.n_layers": 3, "model.prefix": ["attention/ffn"], "model.pattern": ["attention/ffn"]}
+    cfg = small(**layers, **{"model.ffns.ffn": dense})
+    before, after = LM(cfg.model), LM(small(**layers, **{"model.ffns.ffn": moe}).model)
+    params = jax.tree.map(lambda p: 1.1 * p, jax.jit(before.init)(jax.random.key(0)))
+    monkeypatch.setattr(checkpoint, "steps", lambda directory: [1])
+    monkeypatch.setattr(checkpoint, "restore", lambda directory, step: {"params": params})
+    monkeypatch.setattr(metrics, "read_json", lambda path: dataclasses.asdict(cfg))
+    start = upcycled("dense", after, jax.jit(after.init)(jax.random.key(1)))
+    tokens = jnp.arange(32).reshape(2, 16)
+    np.testing.assert_allclose(
+        jax.jit(after)(start, tokens)[0], jax.jit(before)(params, tokens)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
