@@ -34,7 +34,7 @@ def exponents(table: Table, laws=("isoflop", "chinchilla"), options: Options | N
                 continue
             rows = table.rows.assign(N=table.rows[size])
             rows["C"] = 6 * rows["N"] * rows["D"] if c == "6nd" else rows[compute]
-            part = Table(rows, table.excluded, table.source, [*table.filters, f"N counts {n}", f"C counts {c}"])
+            part = replace(table, rows=rows, counts={"N": n, "C": c})
             for law in laws:
                 if law != "isoflop" and c != "6nd":
                     continue

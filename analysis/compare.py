@@ -90,6 +90,8 @@ def main(args: argparse.Namespace) -> None:
     options = cli.fit_options(args)
     frontiers, comparisons = compare_architectures(table, args.base, args.variant, args.axis, options)
     print("\n\n".join(text_table(comparison) for comparison in comparisons))
+    known = f"{table.conventions()}; " if table.counts else ""
+    print(f"{known}loss: nats per token; intervals: {args.level:.0%}, from {args.bootstrap} bootstrap draws")
     cli.write_json(args.out, comparisons)
     if args.plot:
         from analysis import plots  # matplotlib is slow to import

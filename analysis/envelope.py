@@ -20,6 +20,7 @@ import numpy as np
 
 from analysis import cli
 from analysis.isoflop import power_law
+from analysis.laws import get_law
 from analysis.load import Table, load_curves, load_table
 from analysis.result import Fit, Options, interval
 from pallas_kernels.commands import Parser
@@ -55,10 +56,12 @@ def fit_envelope(curves, table: Table, options: Options | None = None) -> Fit:
     curves = curves[(curves["flops"] > 0) & (curves["tokens"] > 0)]
     parts = {run: part.sort_values("flops") for run, part in curves.groupby("run_id") if len(part) >= 8}
     fit = Fit("isoflop", len(parts), None, {}, {}, {"curves": len(parts)}, None, None)
-    fit.settings = {"approach": "envelope of learning curves", "smoothing": WIDTH, "grid": POINTS}
+    law = get_law("isoflop").formula
+    fit.settings = {"law": law, "approach": "envelope of learning curves", "smoothing": WIDTH, "grid": POINTS}
     short = sorted(set(runs.index) - set(parts))
     fit.warnings += [f"run {run}: fewer than 8 points in its learning curve" for run in short]
-    fit.data = {"source": table.source, "filters": table.filters, "excluded": []}
+    fit.data = {"source": table.source, "filters": table.filters, "counts": table.counts, "excluded": []}
+    fit.data["conventions"] = table.conventions() or "N: parameters; D: tokens; C: FLOP"
     if len(parts) < 3:
         fit.refused = f"{len(parts)} runs have a learning curve of 8 points or more; 3 sizes are needed"
         return fit

@@ -40,7 +40,9 @@ def fit_law(law, table: Table, options: Options | None = None) -> Fit:
     all_rows = len(table.rows)
     if law.frontier:
         table = best_of_budgets(table)
-    fit = law.fitter(table, options) if law.fitter else fit_generic(law, table, options)
+    # Draws whose parameters lie far off give infinities, which count in the intervals.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        fit = law.fitter(table, options) if law.fitter else fit_generic(law, table, options)
     if "arch" in table.rows and table.rows["arch"].nunique() > 1:
         names = ", ".join(map(str, table.rows["arch"].unique()[:4]))
         fit.warnings.append(f"column 'arch' is mixed ({names}): one law through all of them; choose one with --where")
@@ -51,6 +53,8 @@ def fit_law(law, table: Table, options: Options | None = None) -> Fit:
         {
             "source": table.source,
             "filters": table.filters,
+            "counts": table.counts,
+            "conventions": _conventions(law, table),
             "units": {v.name: v.unit for v in (*law.variables, law.target)},
             "excluded": [{"row": str(row), "reason": reason} for row, reason in table.excluded["reason"].items()],
         }
@@ -229,6 +233,13 @@ def _outliers(prob, best) -> list[str]:
     ]
 
 
+def _conventions(law, table: Table) -> str:
+    """What the columns of the law count and their units, in words."""
+    columns = {v.name: v.unit for v in (*law.variables, law.target)}
+    meant = [words for words in table.conventions().split("; ") if words[:1] in columns]
+    return "; ".join([*meant, *(f"{k}: {unit}" for k, unit in columns.items() if k not in table.counts and unit)])
+
+
 def _bar(total: int, text: str, options: Options):
     from tqdm import tqdm
 
@@ -301,6 +312,9 @@ def summary(fit: Fit) -> str:
 
     excluded = len(fit.data["excluded"])
     lines = [f"{fit.law}: {fit.n} rows from {fit.data['source']} ({excluded} excluded), {fit.seconds:.1f} s"]
+    lines += [f"  {fit.settings['law']}", f"  {fit.data['conventions']}"]
+    if fit.settings.get("bootstrap"):
+        lines.append(f"  intervals: {fit.settings['level']:.0%}, from {fit.settings['bootstrap']} bootstrap draws")
     lines += [f"  {name:<18} {with_interval(entry)}" for name, entry in {**fit.params, **fit.derived}.items()]
     for name, entry in fit.quality.get("profile_likelihood", {}).items():
         ends = [number(entry[end]) if entry[end] is not None else "unbounded" for end in ("lo", "hi")]

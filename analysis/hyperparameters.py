@@ -10,6 +10,7 @@ that keeps only the best run of each group.
 
 import argparse
 import sys
+from dataclasses import replace
 
 from analysis import cli
 from analysis.fit import fit_law
@@ -31,7 +32,7 @@ def near_optimal(table: Table, tau: float, by=("N", "D")) -> Table:
         raise ValueError(f"tau {tau:g}: must lie in [0, 1); it is a share, 0.0025 is .25 %")
     best = table.rows.groupby(list(by))["loss"].transform("min")
     filters = [*table.filters, f"loss within {tau:.3%} of its group's best"]
-    out = Table(table.rows, table.excluded, table.source, filters)
+    out = replace(table, filters=filters)
     out.exclude(table.rows["loss"] > (1 + tau) * best, f"loss more than {tau:.3%} above the best of its group")
     return out
 

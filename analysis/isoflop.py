@@ -12,7 +12,7 @@ law.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def best_of_budgets(table: Table) -> Table:
     losses = table.rows["loss"].to_numpy()
     best = np.zeros(len(losses), bool)
     best[[rows[np.argmin(losses[rows])] for rows in groups]] = True
-    out = Table(table.rows, table.excluded, table.source, [*table.filters, "best run of each budget"])
+    out = replace(table, filters=[*table.filters, "best run of each budget"])
     out.exclude(~best, "not the best run of its budget")
     return out
 

@@ -6,7 +6,7 @@ Column names are those of the laws: `N` parameters, `D` training tokens, `C` tra
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,17 @@ C_ACCOUNTING = {
     "6nd": "C_6nd",
     "hardware": "C_hardware",
 }
+N_MEANING = {
+    "nonemb_head": "all parameters except the input embedding",
+    "nonemb": "parameters without embedding and head",
+    "total": "all parameters",
+}
+C_MEANING = {
+    "model_causal": "exact model FLOPs with causal attention",
+    "model_full": "exact model FLOPs, attention counted in full",
+    "hardware": "FLOPs that the hardware executes",
+    "6nd": "6 N D of active parameters",
+}
 STATUSES = {"done", "running", "preempted", "diverged", "failed", "planned", "unreadable"}
 
 
@@ -30,12 +41,22 @@ class DataError(ValueError):
 
 @dataclass
 class Table:
-    """Runs to fit (`rows`) and runs left out (`excluded`, with a column `reason`), with every filter applied."""
+    """Runs to fit (`rows`) and runs left out (`excluded`, with a column `reason`), with every filter applied.
+
+    `counts`: what the columns N and C count, by the names of N_MEANING and C_MEANING; empty where only the table's
+    maker knows.
+    """
 
     rows: pd.DataFrame
     excluded: pd.DataFrame
     source: str
     filters: list[str] = field(default_factory=list)
+    counts: dict[str, str] = field(default_factory=dict)
+
+    def conventions(self) -> str:
+        """What the columns N and C count, in words; '' where that is not known."""
+        words = {"N": N_MEANING, "C": C_MEANING}
+        return "; ".join(f"{name}: {words[name][self.counts[name]]}" for name in words if name in self.counts)
 
     def exclude(self, mask, reason) -> None:
         """Moves the rows under the boolean `mask` [rows] to `excluded`; `reason` is text or a function of the row."""
@@ -47,7 +68,7 @@ class Table:
 
     def take(self, mask: pd.Series) -> "Table":
         """The same table restricted to the rows under `mask` [rows] (no exclusion is recorded)."""
-        return Table(self.rows[mask], self.excluded, self.source, list(self.filters))
+        return replace(self, rows=self.rows[mask], filters=list(self.filters))
 
     def groups(self, column: str) -> dict[str, "Table"]:
         """One table per value of `column`, in order of first appearance; excluded rows go with their value.
@@ -65,7 +86,8 @@ class Table:
             excluded = self.excluded
             if column in excluded:
                 excluded = excluded[excluded[column] == value]
-            out[str(value)] = Table(self.rows[self.rows[column] == value], excluded, self.source, list(self.filters))
+            rows = self.rows[self.rows[column] == value]
+            out[str(value)] = replace(self, rows=rows, excluded=excluded, filters=list(self.filters))
         return out
 
 
@@ -284,9 +306,11 @@ def load_table(
     Raises:
       DataError: one line naming the column, the row and what is allowed.
     """
-    frame, source = read(data, n=n, c=c)
-    frame = rename(frame, columns)
-    table = Table(frame, frame.iloc[:0].assign(reason=[]), source)
+    original, source = read(data, n=n, c=c)
+    frame = rename(original, columns)
+    store = not isinstance(data, pd.DataFrame) and Path(data).is_dir()
+    counts = {name: kind for name, kind in (("N", n), ("C", c)) if store and frame[name].equals(original[name])}
+    table = Table(frame, frame.iloc[:0].assign(reason=[]), source, counts=counts)
     if columns:
         table.filters.append(f"columns {columns}")
     if "status" in frame and set(frame["status"].dropna()) <= STATUSES:

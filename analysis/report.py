@@ -24,7 +24,16 @@ from analysis.fit import fit_law
 from analysis.frontier import TITLES, Frontier, frontier_points, resolved, share_floor
 from analysis.isoflop import next_sizes, power_law
 from analysis.laws import get_law
-from analysis.load import C_ACCOUNTING, N_ACCOUNTING, Table, check_comparable, load_curves, load_table
+from analysis.load import (
+    C_ACCOUNTING,
+    C_MEANING,
+    N_ACCOUNTING,
+    N_MEANING,
+    Table,
+    check_comparable,
+    load_curves,
+    load_table,
+)
 from analysis.model_selection import select, verdict
 from analysis.result import Options
 from analysis.sensitivity import sensitivity
@@ -32,17 +41,6 @@ from analysis.sensitivity import shown as columns_shown
 from pallas_kernels.commands import Parser
 
 DRAWS = 200  # of tables that compare many fits
-N_MEANING = {
-    "nonemb_head": "all parameters except the input embedding",
-    "nonemb": "parameters without embedding and head",
-    "total": "all parameters",
-}
-C_MEANING = {
-    "model_causal": "exact model FLOPs with causal attention",
-    "model_full": "exact model FLOPs, attention counted in full",
-    "hardware": "FLOPs that the hardware executes",
-    "6nd": "6 N D",
-}
 
 
 def build(

@@ -9,6 +9,8 @@ N < V, or the base is biased), then R_D and R_N on all others with the base held
 the range of both that fits about as well is reported.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from analysis.laws.base import Constants, Law, Parameter, Synthetic, Variable, register
@@ -33,7 +35,6 @@ def fit(table, options):
     """Two stages; intervals of the base law come from its own fit, those of R_D and R_N hold the base."""
     from analysis.fit import fit_generic
     from analysis.laws import get_law
-    from analysis.load import Table
     from analysis.result import Options
 
     law, base, rows = get_law("muennighoff"), get_law("tied_exponents"), table.rows
@@ -42,7 +43,7 @@ def fit(table, options):
         which = "none of the runs repeats data" if once.all() else "every run repeats data: no run for the base law"
         raise ValueError(f"law muennighoff: columns D and U: {which}")
     plain = {**vars(options), "fix": {k: v for k, v in options.fix.items() if not k.startswith("R_")}}
-    first = fit_generic(base, Table(rows[once], table.excluded, table.source), Options(**plain))
+    first = fit_generic(base, replace(table, rows=rows[once]), Options(**plain))
     if first.refused:
         first.law, first.refused = law.name, f"base law, {int(once.sum())} runs of one epoch: {first.refused}"
         return first

@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.fit import fit_law, summary
 from analysis.load import DataError, check_comparable, load_curves, load_runs, load_table
+from analysis.result import Options
 from tests.analysis import synthetic_store
 
 GOOD = pd.DataFrame({"N": [1e6, 2e6, 3e6], "D": [1e8, 2e8, 3e8], "C": [6e14, 2.4e15, 5.4e15], "loss": [4.0, 3.5, 3.2]})
@@ -29,6 +31,17 @@ def test_every_run_of_a_store_is_used_or_listed(store):
     assert reasons["never0"] == "planned, not run"
     assert len(reasons) == 8
     assert len(load_runs(store)) == 44
+
+
+def test_a_fit_of_a_store_says_what_N_and_C_count(store):
+    assert load_table(store).conventions() == (
+        "N: all parameters except the input embedding; C: exact model FLOPs with causal attention"
+    )
+    table = load_table(store, n="total", columns="C=C_hardware", where="arch == 'attention'")
+    assert table.conventions() == "N: all parameters"  # of a column that was given only its giver knows
+    fit = fit_law("chinchilla", table, Options(bootstrap=0, holdout=False, thin=50))
+    assert fit.to_dict()["data"]["counts"] == {"N": "total"}
+    assert "N: all parameters; D: tokens; loss: nats/token" in summary(fit) and fit.settings["law"] in summary(fit)
 
 
 def test_accounting_changes_N_and_C_only(store):
