@@ -32,7 +32,7 @@ def main(argv=None) -> int:
     # Before JAX is imported, since XLA sizes its thread pool by the cores it sees.
     os.sched_setaffinity(0, {int(core) for core in args.cores.split(",")})
     end_with_parent(signal.SIGTERM)
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.dup(1)
     store = Store(args.store)
     for line in iter(sys.stdin.readline, ""):
         job = json.loads(line)
@@ -40,7 +40,10 @@ def main(argv=None) -> int:
         store.run_dir(run_id).mkdir(parents=True, exist_ok=True)
         with _output_to(store.run_dir(run_id) / "log.txt"):
             status = run_cell(store, job, args.trainer)
-        print(json.dumps({"run_id": run_id, "status": status}), file=answers, flush=True)
+        try:
+            os.write(answers, json.dumps({"run_id": run_id, "status": status}).encode() + b"\n")
+        except BrokenPipeError:  # the launcher died; the run has saved what it did
+            return 0
         if status == "preempted":
             return 0
     return 0

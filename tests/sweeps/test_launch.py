@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from efficient_lm.metrics import write_json
+from efficient_lm.schema import to_dict
 from sweeps import launch, local, status, worker
 from sweeps.plan import make_plan
 from sweeps.store import Store
@@ -133,6 +134,19 @@ def test_a_worker_leaves_a_cell_alone_that_another_trainer_holds(make_sweep, tmp
         job = {"run_id": cell.run_id, "config": {}, "fields": {}}
         assert worker.run_cell(store, job, FAKE) == "running"
     assert store.run(cell.run_id)["status"] == "running" and trained(store, cell) == []
+
+
+def test_a_worker_whose_launcher_died_ends_quietly(make_sweep, tmp_path):
+    cell, core = make_sweep("ok").cells[0], min(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "sweeps.worker", str(tmp_path / "store"), FAKE, str(core)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    process.stdout.close()  # nobody reads the answer
+    job = {"run_id": cell.run_id, "config": to_dict(cell.config), "fields": {}}
+    process.stdin.write(json.dumps(job) + "\n")
+    process.stdin.flush()
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
+    assert Store(tmp_path / "store").state(cell.run_id) == "done"
 
 
 def test_a_trainer_that_cannot_be_imported_fails_every_cell(make_sweep, tmp_path):
