@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from analysis import cli
-from analysis.isoflop import best_of_budgets, default_budgets
+from analysis.isoflop import best_of_budgets, beyond, default_budgets
 from analysis.laws import all_laws, get_law
 from analysis.load import Table, check_comparable, load_table
 from analysis.result import Fit, Options, interval, plain
@@ -109,6 +109,9 @@ def fit_generic(law, table: Table, options: Options) -> Fit:
             prob, table.rows, best.z, above=options.holdout_above, level=options.level, seed=options.seed
         )
         fit.quality["holdout_rms_error"] = fit.holdout.get("rms_error")
+        for name in fit.holdout.get("at_bound", ()):
+            text = f"hold-out: without the {fit.holdout['held']} {name} runs to its bound: the cheaper rows do not"
+            fit.warnings.append(f"{text} determine the law that predicts")
     fit.seconds = time.perf_counter() - began
     return fit
 
@@ -145,7 +148,8 @@ def _optima(law, params, sample, frame, options: Options) -> tuple[list[dict], f
     for C in options.at or default_budgets(top):
         value = law.optimum(params, C, factor)
         drawn = law.optimum(sample, C, factor) if sample else {}
-        points.append({"C": C, **{name: interval(v, drawn.get(name), options.level) for name, v in value.items()}})
+        found = {name: interval(v, drawn.get(name), options.level) for name, v in value.items()}
+        points.append({"C": C, "extrapolated": beyond(top, C), **found})
     return points, factor
 
 
@@ -160,7 +164,7 @@ def _quality(prob, best, sample) -> dict:
     J = jacobian(prob, best.z)
     size = np.linalg.norm(J, axis=0)
     worst = np.argsort(-np.abs(r))[:5]
-    at_bound = [p.name for p in prob.law.parameters if p.name in prob.free and not p.lo < best.params[p.name] < p.hi]
+    at_bound = prob.at_bound(best.params)
     quality = {
         "rmse_log": float(np.sqrt(np.mean(log_error**2))),
         "r2": float(1 - np.sum(r**2) / max(np.sum((y - y.mean()) ** 2), 1e-300)),
@@ -324,7 +328,7 @@ def summary(fit: Fit) -> str:
         lines.append(f"  C {number(budget['C'])}: {note}")
     for point in fit.optimum:
         found = ", ".join(f"{name}* {with_interval(point[name])}" for name in ("N", "D", "loss") if name in point)
-        lines.append(f"  at C {number(point['C'])}: {found}")
+        lines.append(f"  at C {number(point['C'])}{' (beyond the runs)' if point['extrapolated'] else ''}: {found}")
     if fit.holdout and not fit.holdout["refused"]:
         unit = "unit of the target" if fit.settings.get("residual") == "linear" else "natural log"
         lines.append(

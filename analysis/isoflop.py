@@ -255,7 +255,7 @@ def fit_isoflop(table: Table, options: Options) -> Fit:
         if len(good) == 2:
             warnings.append(f"the power law in {name} goes through two budgets: nothing checks that it is one")
         if name == "N" and options.holdout:
-            holdout = _holdout(good, options)
+            holdout = _holdout(frame, good, options)
     entries = []
     for i, profile in enumerate(by_axis["N"]):
         entry = {
@@ -271,7 +271,7 @@ def fit_isoflop(table: Table, options: Options) -> Fit:
         entries.append(entry)
     optimum = []
     for C in options.at or default_budgets(frame["C"]):
-        point = {"C": C}
+        point = {"C": C, "extrapolated": beyond(frame["C"], C)}
         for name, A, a in axes:
             if A in params:
                 sample = _evaluate(draws[A], draws[a], C) if A in draws else None
@@ -303,10 +303,21 @@ def default_budgets(C) -> tuple[float, float]:
     return float(np.max(C)), 10 * float(np.max(C))
 
 
-def _holdout(good: list[Profile], options: Options) -> dict:
-    """Predicts the minimum of the dearest budget from the cheaper ones, or from those up to `holdout_above`."""
-    *rest, last = good
-    rest = [p for p in rest if options.holdout_above is None or p.C <= options.holdout_above]
+def beyond(sampled, C: float) -> bool:
+    """Whether the compute C lies outside the runs' (by more than the spread of the compute of one budget)."""
+    return bool(C > 1.03 * np.max(sampled) or C < np.min(sampled) / 1.03)
+
+
+def _holdout(frame, good: list[Profile], options: Options) -> dict:
+    """Predicts the minimum of the dearest budget from the cheaper ones, or from those up to `holdout_above`.
+
+    Their parabolas are fitted again, so that the noise, which is pooled over budgets, is theirs alone.
+    """
+    last, above = good[-1], options.holdout_above
+    rest = [p for p in good[:-1] if above is None or p.C <= above]
+    if len(rest) >= 2:
+        again = profiles(frame.loc[np.concatenate([p.rows for p in rest])], "N", options)
+        rest = [p for p in again if p.refused is None]
     if len(rest) < 2:
         return {"refused": f"{len(good)} budgets with a minimum, {len(rest)} of them to fit; it takes 2 to predict one"}
     C = np.array([p.C for p in rest])

@@ -92,6 +92,10 @@ class Problem:
         """Prediction for parameters that are scalars or draws [draws, 1]."""
         return self.law.predict(params, self.x if x is None else x, np)
 
+    def at_bound(self, params) -> list[str]:
+        """The free parameters that are at or beyond a bound."""
+        return [p.name for p in self.law.parameters if p.name in self.free and not p.lo < params[p.name] < p.hi]
+
     def residuals(self, params) -> np.ndarray:
         """Observed minus predicted, on the law's residual scale."""
         if self.law.residual == "linear":

@@ -131,7 +131,8 @@ def holdout(
     `frame` holds the rows of `prob` in order; `near` is the optimum of the whole table, [free], one start besides every
     `thin`-th of the grid. The dearest budget is the last of its budget groups (`budget_groups`), or the top fifth by
     compute where there are none. Errors are ln(observed/predicted), or differences for a law with linear residuals.
-    Returns `{"refused": reason}` where the cheaper rows are too few.
+    Returns `{"refused": reason}` where the cheaper rows are too few; `at_bound` names parameters that these do not
+    determine.
     """
     column, order = _cost(prob, frame)
     groups = budget_groups(frame, order) if column in ("C", "6*N*D") else None
@@ -174,6 +175,7 @@ def holdout(
         "predicted_halfwidth": float(np.median(width)),
         "share_inside": float(np.mean((prob.y[held] >= lo) & (prob.y[held] <= hi))),
         "params": optimum.params,
+        "at_bound": prob.at_bound(optimum.params),
         "points": points,
     }
 

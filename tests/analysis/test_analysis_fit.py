@@ -164,6 +164,32 @@ def test_holdout_above_a_chosen_compute():
     assert few["refused"].startswith("1 rows remain for 5 parameters without the rows above 6*N*D")
 
 
+def test_hold_out_does_not_look_at_what_it_predicts():
+    """Other losses of the rows above C0 change neither predictions nor their intervals."""
+    law = get_law("chinchilla")
+    frame = pd.DataFrame(law.simulate())
+    cost = 6 * frame["N"] * frame["D"]
+    other = frame.assign(loss=frame["loss"].where(cost <= cost.median(), 1.05 * frame["loss"]))
+    options = Options(bootstrap=0, thin=40, holdout_above=cost.median())
+    one, two = (fit_law(law, load_table(rows), options).holdout["points"] for rows in (frame, other))
+    for a, b in zip(one, two, strict=True):
+        assert a["observed"] != b["observed"]
+        assert [a[key] for key in ("predicted", "lo", "hi")] == pytest.approx(
+            [b[key] for key in ("predicted", "lo", "hi")]
+        )
+
+
+def test_hold_out_says_where_the_cheaper_rows_do_not_determine_the_law():
+    """A straight power law has no floor: only the dearest run shows one."""
+    C = np.geomspace(1e17, 1e20, 7)
+    loss = 100 * C**-0.1 + 0.1 * (C == C[-1])
+    fit = fit_law(
+        "power", load_table(pd.DataFrame({"C": C, "loss": loss}), required=("C", "loss")), Options(bootstrap=0)
+    )
+    assert fit.holdout["at_bound"] == ["E"]
+    assert any("hold-out: without the dearest budget E runs to its bound" in text for text in fit.warnings)
+
+
 def test_rows_far_from_the_law_are_named():
     """A row whose tokens are in thousands is kept, but a warning names it; data without one get no warning."""
     law = get_law("chinchilla")

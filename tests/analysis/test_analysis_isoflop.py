@@ -9,6 +9,7 @@ from analysis.isoflop import best_of_budgets, budget_groups, fit_isoflop, fit_pr
 from analysis.load import load_table
 from analysis.result import Options
 from tests.analysis.conftest import public_table
+from tests.analysis.coverage import as_table, sweep
 
 TARGETS = [
     ("llama", 2048, False, (0.006899, 0.553549), (74.0293, 0.422606)),
@@ -95,6 +96,18 @@ def test_recovers_the_exponents_of_a_known_law(store):
     assert result.params["a_D"]["lo"] < 1 - truth < result.params["a_D"]["hi"]
     assert result.holdout["intervals_overlap"] and abs(result.holdout["mean_error"]) < 0.1
     assert len(result.budgets) == 3 and result.optimum[1]["C"] == pytest.approx(1e13, rel=1e-3)
+    assert [point["extrapolated"] for point in result.optimum] == [False, True]
+
+
+def test_hold_out_does_not_look_at_the_dearest_budget():
+    """Noise in the runs that are predicted changes neither the prediction nor its interval."""
+    rng = np.random.default_rng(0)
+    frame = sweep(rng, 1e-3)
+    noisy = frame.copy()
+    noisy.loc[frame["C"] == frame["C"].max(), "loss"] *= np.exp(2e-3 * rng.standard_normal(7))
+    one, other = (fit_isoflop(as_table(rows), Options(bootstrap=100)).holdout for rows in (frame, noisy))
+    assert one["found"]["value"] != other["found"]["value"] and one["n_fit"] == 3
+    assert one["predicted"] == other["predicted"]
 
 
 def test_too_few_accepted_budgets_are_refused(store):
