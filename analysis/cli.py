@@ -89,7 +89,9 @@ def check_fit_arguments(args) -> None:
         raise ValueError(f"--bootstrap {args.bootstrap}: must be 0 or more")
     if not 0 < args.level < 1:
         raise ValueError(f"--level {args.level}: must lie between 0 and 1")
-    if args.seed_noise is not None and args.seed_noise <= 0:
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must be 0 or more")
+    if args.seed_noise is not None and not args.seed_noise > 0:
         raise ValueError(f"--seed-noise {args.seed_noise}: must be positive")
 
 

@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     cli.check_fit_arguments(args)
     law, draws = get_law("chinchilla"), None
     tokens = cli.parse_numbers(args.tokens, "--tokens", zero=True)
-    if args.constants:
+    if args.constants is not None:
         if args.constants not in law.constants:
             raise ValueError(f"--constants {args.constants!r}: choose one of {', '.join(law.constants)}")
         values, top = law.constants[args.constants].values, 1e21

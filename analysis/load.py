@@ -126,6 +126,14 @@ def load_runs(store, *, n: str = "nonemb_head", c: str = "model_causal") -> pd.D
     return frame[[*first, *(k for k in frame if k not in first)]]
 
 
+def read_record(path: Path):
+    """What a JSON file of a run holds. Raises DataError, and OSError."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+
+
 def made_by(directory: Path) -> dict:
     """Where and by which sources a run was trained: device, code_hash, mean_step_seconds; None where unknown."""
     try:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import cli, emergence
-from analysis.load import DataError, load_curves
+from analysis.load import DataError, load_curves, read_record
 from pallas_kernels.commands import Parser
 
 FACTS = (
@@ -70,7 +70,7 @@ def _lines(paths) -> list[dict]:
 def _of_store(store: Path) -> list[dict]:
     lines = []
     for directory in sorted(path.parent for path in store.glob("*/run.json")):
-        run, config = (json.loads((directory / name).read_text()) for name in ("run.json", "config.json"))
+        run, config = (read_record(directory / name) for name in ("run.json", "config.json"))
         probes = load_curves(directory, "probe")
         if not probes.empty:
             lines.append(_line(run, config, probes))

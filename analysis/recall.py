@@ -23,7 +23,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis import cli
-from analysis.load import DataError
+from analysis.load import DataError, read_record
 from pallas_kernels.commands import Parser
 
 COLUMNS = (
@@ -71,7 +71,7 @@ def _file_rows(path: Path) -> list[dict]:
 def _store_rows(store: Path) -> tuple[list[dict], list[dict]]:
     rows, excluded = [], []
     for directory in sorted(path.parent for path in store.glob("*/run.json")):
-        run, config = (json.loads((directory / name).read_text()) for name in ("run.json", "config.json"))
+        run, config = (read_record(directory / name) for name in ("run.json", "config.json"))
         arch = str(run["sweep"].get("arch", "+".join(config["model"]["pattern"])))
         if run["status"] != "done" or not config["data"]["task"]:
             reason = f"{run['status']}: {run['reason']}" if run["status"] != "done" else "not trained on a task"
@@ -88,7 +88,7 @@ def _store_rows(store: Path) -> tuple[list[dict], list[dict]]:
         facts["trained_task"] = own
         at = {(own, trained): {"accuracy": run["final_accuracy"], "chance": data["chance_accuracy"]}}
         evals = directory / "evals.json"
-        for score in json.loads(evals.read_text())["tasks"] if evals.exists() else ():
+        for score in read_record(evals)["tasks"] if evals.exists() else ():
             key = (_label(score["task"], score["options"], score["vocab_size"]), score["length"])
             at[key] = {"accuracy": score["accuracy"], "chance": score["chance_accuracy"]}
         rows += [{**facts, "task": task, "length": length, **score} for (task, length), score in at.items()]

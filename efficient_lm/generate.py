@@ -104,7 +104,7 @@ def main(argv=None) -> int:
     parser.add_argument("--step", type=int, default=0, help="checkpoint to use; 0 = the last")
     args = parser.parse_args(argv)
     for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if getattr(args, name) < low:
+        if not getattr(args, name) >= low:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
     cfg, lm, params = load_run(args.run, args.step)
     data = open_data(cfg.data, seq_len=cfg.train.seq_len, batch_size=1, seed=cfg.seed, split="validation")

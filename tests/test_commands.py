@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels.commands import Parser
+from pallas_kernels.commands import BadInput, Parser, command
 
 pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ COMMANDS = {
     "analysis.fit": ([*NO_DATA, "--law", "chinchilla"], ["--law", "chinchila", "law 'chinchila' is unknown"]),
     "analysis.hyperparameters": (NO_DATA, ["--seed-noise", "0", "--seed-noise 0.0: must be positive"]),
     "analysis.inference": (
-        ["--constants", "chinchilla", "--tokens", "1e12"],
+        ["--constants", "besiroglu", "--tokens", "1e12"],
         ["--tokens", "many", "--tokens 'many': expected numbers separated by commas"],
     ),
     "analysis.laws": ([], ["laverage", "law 'laverage' is unknown"]),
@@ -118,3 +118,27 @@ def test_bad_options_and_values_are_one_line(name, run, monkeypatch):
     for action in parsers[0]._actions:
         if action.option_strings and (action.choices or action.type in (int, float)):
             assert_refused(run(name, *needed, action.option_strings[0], "many"), action.option_strings[0], "'many'")
+
+
+@pytest.mark.parametrize("name, argument", [("analysis.fit", "--seed"), ("analysis.hyperparameters", "--seed-noise")])
+def test_not_even_nan_or_a_negative_number_slips_through(name, argument, run):
+    assert_refused(run(name, *COMMANDS[name][0], argument, "-1" if argument == "--seed" else "nan"), f"{argument} ")
+
+
+def test_files_that_are_no_json_or_absent_are_named(run, tmp_path):
+    (tmp_path / "r1").mkdir()
+    (tmp_path / "r1" / "run.json").write_text('{"run_id": "r1')
+    for name in ("analysis.massive_activations", "analysis.recall"):
+        assert_refused(run(name, "--store", str(tmp_path), "--save", str(tmp_path / "x")), "r1/run.json: not JSON")
+    assert_refused(run("pallas_kernels.gpu.bench_table", "--rows", "no.json"), "error: no.json: No such file")
+
+
+def test_an_interrupt_is_one_line_and_a_bug_is_not_hidden(capsys):
+    @command
+    def main(error):
+        raise error
+
+    assert main(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert main(BadInput("x = 1:\nno")) == 2 and capsys.readouterr().err == "error: x = 1: no\n"
+    with pytest.raises(ValueError, match="shapes"):
+        main(ValueError("shapes differ"))

@@ -91,7 +91,7 @@ def _facts(run, cfg, step: int, last_step: int) -> dict:
 
 def _runs(args) -> list[str]:
     """The run directories asked for: one, or those of a store whose run is done and has a checkpoint."""
-    if args.run:
+    if args.run is not None:
         return [args.run]
     if not Path(args.store).is_dir():
         raise ConfigError(f"--store {args.store}: no such directory")
