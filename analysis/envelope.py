@@ -103,6 +103,11 @@ def fit_envelope(curves, table: Table, options: Options | None = None) -> Fit:
         "envelope": [{"C": float(grid[c]), "N": float(N[b]), "loss": float(loss[b, c])}
                      for c, b in zip(columns, best, strict=True)],
     }  # fmt: skip
+    share = fit.quality["bootstrap_share_usable"]
+    if options.bootstrap and share < 0.8:
+        fit.warnings.append(
+            f"intervals rest on {share:.0%} of the bootstrap draws, the others have no two inner sizes: add sizes"
+        )
     fit.seconds = time.perf_counter() - began
     return fit
 

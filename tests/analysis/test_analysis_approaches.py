@@ -34,7 +34,14 @@ def test_envelope_recovers_the_exponents():
     assert fit.params["a_D"]["value"] == pytest.approx(1 - a, abs=0.03)
     assert fit.params["a_N"]["lo"] < a < fit.params["a_N"]["hi"]
     assert fit.params["a_N"]["value"] + fit.params["a_D"]["value"] == pytest.approx(1, abs=1e-6)  # C = 6 N D here
-    assert fit.quality["sizes_on_envelope"] >= 8
+    assert fit.quality["sizes_on_envelope"] >= 8 and not fit.warnings
+
+
+def test_envelope_says_where_few_draws_make_its_intervals():
+    """Two inner sizes: a draw of the runs lacks one of them more often than not."""
+    fit = envelope.fit_envelope(*curves_and_table(np.geomspace(1e6, 1e9, 4)), Options(bootstrap=100))
+    assert fit.refused is None and fit.quality["bootstrap_share_usable"] < 0.8
+    assert any("of the bootstrap draws, the others have no two inner sizes" in text for text in fit.warnings)
 
 
 def test_envelope_refuses_where_only_the_ends_are_best():
