@@ -115,6 +115,8 @@ def main(argv=None) -> int:
         raise ConfigError("--prompt '': must have at least one token")
     if args.top_k > cfg.model.vocab_size:
         raise ConfigError(f"--top-k {args.top_k}: must be at most the vocabulary, {cfg.model.vocab_size}")
+    first = [data.vocab_size - 1] if cfg.data.pack == "bos" else []  # what every row of training began with
+    prompts = [np.concatenate([np.asarray(first, np.int32), prompt]) for prompt in prompts]
     lengths = [len(prompt) for prompt in prompts]
     rows = np.stack([np.pad(prompt, (0, max(lengths) - len(prompt))) for prompt in prompts])
     tokens = sample(
@@ -122,7 +124,7 @@ def main(argv=None) -> int:
         lengths=lengths, temperature=args.temperature, top_k=args.top_k, seed=args.seed,
     )  # fmt: skip
     for row, length in zip(tokens, lengths, strict=True):
-        print(data.tokenizer.decode(row[: length + args.tokens]))
+        print(data.tokenizer.decode(row[len(first) : length + args.tokens]))
     return 0
 
 

@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+from collections import Counter
 
 from efficient_lm import config as configs
 from pallas_kernels import commands
@@ -74,7 +75,7 @@ def save_plan(planned: plan.Plan, store: Store) -> None:
 
 
 def summary(cells, store: Store, ran: int, seconds: float) -> str:
-    """States of all cells in one line, then one line for each that failed or diverged."""
+    """States of all cells in one line, one for each that failed or diverged, one where their sources differ."""
     by_state = {}
     for cell in cells:
         by_state.setdefault(store.state(cell.run_id), []).append(cell)
@@ -85,6 +86,10 @@ def summary(cells, store: Store, ran: int, seconds: float) -> str:
             lines.append(f"{state}: {cell.label} ({cell.run_id}): {store.run(cell.run_id).get('reason')}")
     if "failed" in by_state:
         lines.append("failed cells run again with --resume")
+    versions = Counter(store.run(cell.run_id).get("code_hash") for cell in by_state.get("done", []))
+    if len(versions) > 1 or any("+" in str(version) for version in versions):
+        found = ", ".join(f"{count} by {version}" for version, count in versions.most_common())
+        lines.append(f"note: cells were trained by different versions of the sources (code_hash): {found}")
     return "\n".join(lines)
 
 

@@ -52,6 +52,19 @@ def test_draws_depend_on_the_seed_and_top_1_is_greedy(lm):
     np.testing.assert_array_equal(greedy, generate.sample(model, params, prompt, 8, temperature=2.0, top_k=1))
 
 
+def test_a_prompt_begins_as_the_rows_of_training_did(tmp_path, capsys, monkeypatch):
+    values = {"model": {**MODEL, "vocab_size": 257}, "data": {"validation_tokens": 2048, "pack": "bos"}}
+    values |= {"train": {"steps": 1, "batch_size": 2, "seq_len": 16}, "log": {"progress": False}}
+    train(from_dict(values), tmp_path / "run", devices=jax.devices()[:1])
+    seen = []
+    sample = generate.sample
+    monkeypatch.setattr(generate, "sample", lambda *args, **kw: seen.append(sample(*args, **kw)) or seen[0])
+    capsys.readouterr()
+    assert generate.main(["--run", str(tmp_path / "run"), "--prompt", "The ", "--tokens", "3"]) == 0
+    assert seen[0].shape == (1, 1 + 4 + 3) and seen[0][0, :5].tolist() == [256, *b"The "]
+    assert capsys.readouterr().out.startswith("The ")
+
+
 def test_command_line(tmp_path, capsys):
     values = {"model": MODEL, "train": {"steps": 2, "batch_size": 2, "seq_len": 16}, "log": {"progress": False}}
     values["data"] = {"validation_tokens": 2048}

@@ -11,7 +11,8 @@ pack = "documents": segment_ids count documents within the row from 1, positions
 pack = "stream": one segment a row; the model reads on over document borders.
 pack = "bos": as "stream", and each row begins with one more token, always the same: the first id that the tokenizer
   leaves free, so that the vocabulary grows by one. The row's T targets are then the window's first T tokens. Attention
-  sinks gather on such a token (2410.10781, 2410.13835). A prompt or an evaluation is given none.
+  sinks gather on such a token (2410.10781, 2410.13835). efficient_lm.generate puts it before a
+  prompt; evaluations on tasks have none.
 """
 
 import numpy as np

@@ -101,6 +101,15 @@ def test_a_killed_worker_is_replaced_and_its_cell_can_be_resumed(make_sweep, tmp
     assert len(trained(store, plan.cells[0])) == 2
 
 
+def test_cells_of_different_sources_are_pointed_out(make_sweep, tmp_path, capsys):
+    plan, store = make_sweep("ok", "ok", "ok"), Store(tmp_path / "store")
+    for cell, code in zip(plan.cells, ("aaa", "bbb", "aaa"), strict=True):
+        store.end(cell.run_id, "done", None, code_hash=code)
+    assert run(plan, store) == 0
+    assert "different versions of the sources (code_hash): 2 by aaa, 1 by bbb" in capsys.readouterr().out
+    assert "versions" not in launch.summary(plan.cells[:1], store, 0, 0.0)
+
+
 def test_diverged_cells_alone_have_their_own_exit_code(make_sweep, tmp_path):
     plan, store = make_sweep("diverges", "ok"), Store(tmp_path / "store")
     store.end(plan.cells[0].run_id, "diverged", "loss is nan")
