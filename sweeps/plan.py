@@ -1,6 +1,5 @@
 """What a sweep would run and what it would cost: `python -m sweeps.plan --config configs/sweeps/isoflop.py`."""
 
-import argparse
 import dataclasses
 import multiprocessing
 import os
@@ -236,7 +235,7 @@ def _short(value) -> str:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+def add_plan_arguments(parser: Parser) -> None:
     """Options that `plan` and `launch` share."""
     parser.add_argument("--config", required=True, help="sweep file with get_sweep(), as path.py or path.py:argument")
     parser.add_argument("--where", metavar="QUERY", help="""only these cells, e.g. "seed == 2 and arch != 'relu'" """)

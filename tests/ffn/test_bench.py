@@ -34,7 +34,7 @@ def test_a_table_of_a_tiny_model(tmp_path, monkeypatch):
 def test_what_it_cannot_measure_is_one_line(capsys):
     for argv, message in (
         (["--config", "configs/dense.py:tiny"], "has 0 mixtures"),
-        ([*TINY[:-1], "0"], "rows = 0: must be at least 1"),
+        ([*TINY[:-1], "0"], "--rows 0: must be at least 1"),
     ):
         assert bench.main(argv) == 2
         assert message in capsys.readouterr().err
