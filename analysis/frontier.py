@@ -243,6 +243,8 @@ def compare(base: Frontier, variant: Frontier, level: float = 0.95) -> dict:
     judged = float(min(C[-1], max(reach, C[0])))
     out = {"base": base.name, "variant": variant.name, "points": points, "notes": notes}
     (out["judged"],) = _intervals(base, variant, [judged], level)
+    if "wall" in out["judged"]:
+        out["notes"] = [*notes, "wall times count where every run had the same hardware to itself, start included"]
     last = out["judged"]["gain"]
     span = np.log(C[-1] / C[0])
     if span > 0:

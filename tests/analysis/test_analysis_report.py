@@ -139,6 +139,7 @@ def test_compare_command_line(store, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "verdict: gla needs" in text and "crossover: not resolved" in text
     assert "forward FLOPs per token: 1." in text and "wall time of training: 1.00 [1.00, 1.00], not resolved" in text
+    assert "note: wall times count where every run had the same hardware to itself" in text
     assert json.loads((tmp_path / "c.json").read_text())[0]["variant"] == "gla"
     assert (tmp_path / "gain.png").stat().st_size > 5000
     assert cli.run(compare.main, compare.parser(), [*argv[:3], "dense", *argv[4:]]) == 2
