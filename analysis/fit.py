@@ -103,7 +103,7 @@ def fit_generic(law, table: Table, options: Options) -> Fit:
         found = {name: uncertainty.profile(prob, best, name, options.level) for name in prob.free}
         fit.quality["profile_likelihood"] = found
     fit.refused = _refusal(prob, fit)
-    fit.warnings = [*_warnings(fit), *_outliers(prob, best)]
+    fit.warnings = [*_warnings(fit, options), *_outliers(prob, best)]
     if options.holdout:
         fit.holdout = uncertainty.holdout(
             prob, table.rows, best.z, above=options.holdout_above, level=options.level, seed=options.seed
@@ -212,8 +212,13 @@ def _refusal(prob, fit: Fit) -> str | None:
     return None
 
 
-def _warnings(fit: Fit) -> list[str]:
-    out = []
+def _warnings(fit: Fit, options: Options) -> list[str]:
+    from analysis.uncertainty import few_rows
+
+    out, n, free = [], fit.n, fit.quality["free_parameters"]
+    narrow = few_rows(n, free, options.level)
+    if options.bootstrap and narrow > 1.15:
+        out.append(f"{n} rows for {free} parameters: bootstrap intervals may need {narrow:.2f} times their width")
     for name, share in fit.quality.get("bootstrap_share_at_bound", {}).items():
         if 0.05 < share <= LOST:
             out.append(f"{name} runs to its bound in {share:.0%} of the bootstrap draws: weakly determined")

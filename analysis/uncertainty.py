@@ -19,7 +19,9 @@ def bootstrap(
 ):
     """Nonparametric bootstrap: resamples rows with replacement and refits each sample from the optimum.
 
-    `weights` [n] of 0 and 1 restricts the rows that are resampled. Returns parameters name -> [draws].
+    `weights` [n] of 0 and 1 restricts the rows that are resampled. Returns parameters name -> [draws]. With few rows
+    their percentiles are too narrow (`few_rows`): nominal 90 % of the law power0 held the truth in 83 % of simulations
+    with 8 rows.
     """
     rng = np.random.default_rng(seed)
     rows = np.flatnonzero(np.ones(len(prob.y)) if weights is None else weights)
@@ -28,6 +30,17 @@ def bootstrap(
     found = prob.minimize(np.tile(optimum.z, (draws, 1)), counts, near=optimum.z, progress=progress)
     found = prob.params(found.z)
     return {name: np.broadcast_to(values, (draws,)) for name, values in found.items()}
+
+
+def few_rows(n: int, free: int, level: float = 0.95) -> float:
+    """How many times as wide a t interval is as a percentile interval from resampling n rows, for a linear model.
+
+    Resampled residuals are too small by sqrt((n - free) / n), and percentiles have the tails of a normal distribution.
+    """
+    from scipy.stats import norm, t
+
+    tail = (1 + level) / 2
+    return float(np.sqrt(n / (n - free)) * t.ppf(tail, n - free) / norm.ppf(tail))
 
 
 def profile(prob: Problem, optimum: Optimum, name: str, level: float = 0.95) -> dict:

@@ -52,10 +52,10 @@ def as_table(frame):
     return Table(frame, frame.iloc[:0].assign(reason=[]), "simulated")
 
 
-def near_truth(law, data) -> tuple:
+def near_truth(law, data, truth=TRUTH) -> tuple:
     """The problem and its optimum, searched from the true parameters only."""
     prob = problem(law, data)
-    start = prob.from_params(TRUTH)
+    start = prob.from_params(truth)
     found = prob.minimize(start[None], np.ones(len(prob.y)), near=start, ftol=1e-14, lanes=8)
     params = {name: float(value) for name, value in prob.params(found.z[0]).items()}
     return prob, Optimum(found.z[0], params, float(found.f[0]), "converged", 1, 1.0, None)
@@ -76,6 +76,17 @@ def parametric(rng, seed, n=80, noise=5e-3) -> dict[str, bool]:
         lo, hi = np.quantile(draws[name], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         hits[f"bootstrap {name}"] = lo <= truth[name] <= hi
     return hits
+
+
+def few(rng, seed, n=8, noise=5e-3) -> dict[str, bool]:
+    """A power law through few rows: bootstrap intervals as they are, and times `few_rows`."""
+    law, truth, C = get_law("power0"), dict(k=30.0, gamma=0.1), np.geomspace(1e13, 1e16, n)
+    loss = law.evaluate(truth, C=C) * np.exp(noise * rng.standard_normal(n))
+    prob, best = near_truth(law, {"C": C, "loss": loss}, truth)
+    lo, hi = np.quantile(uncertainty.bootstrap(prob, best, 96, seed=seed)["gamma"], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    value, factor = best.params["gamma"], uncertainty.few_rows(n, 2, LEVEL)
+    wider = value + factor * (lo - value) <= truth["gamma"] <= value + factor * (hi - value)
+    return {"gamma": lo <= truth["gamma"] <= hi, "gamma, wider": wider}
 
 
 def isoflop(rng, seed) -> dict[str, bool]:
@@ -117,7 +128,7 @@ def _compared(rng, seed, **variant) -> dict:
     return frontier.compare(*(frontier.frontier_points(rows, name, options) for name, rows in sweeps.items()), LEVEL)
 
 
-SIMULATIONS = {f.__name__: f for f in (parametric, isoflop, holdout, gain)}
+SIMULATIONS = {f.__name__: f for f in (parametric, few, isoflop, holdout, gain)}
 
 
 def coverage(name: str, simulations: int, seed: int = 0) -> dict[str, float]:

@@ -29,6 +29,17 @@ def test_nominal_90_percent_covers_85_to_95(name, simulations):
         assert 0.85 <= share <= 0.95, f"{key}: {share:.3f} of {simulations} simulations"
 
 
+def test_a_fit_of_few_rows_says_how_much_too_narrow_its_intervals_are():
+    """Without the factor they hold the truth too rarely, with it about as often as they say."""
+    shares = coverage("few", 120)
+    assert shares["gamma"] < 0.88 and 0.85 <= shares["gamma, wider"] <= 0.95
+    law, frames = get_law("power0"), {}
+    for n in (8, 60):
+        frames[n] = fit_law(law, as_table(pd.DataFrame(law.simulate(n=n))), Options(bootstrap=64, holdout=False))
+    assert any("8 rows for 2 parameters: bootstrap intervals may need 1.44 times" in w for w in frames[8].warnings)
+    assert not any("bootstrap intervals" in w for w in frames[60].warnings)
+
+
 def test_weights_follow_the_noise_of_each_budget():
     """With one budget ten times noisier, 1/sigma^2 weights make the exponent less variable."""
     spread = {}
