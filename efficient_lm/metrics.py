@@ -39,14 +39,17 @@ class RunDir:
             except OSError:
                 pass  # some network file systems have no locks
         self._rows = None
-        self._require_same_config()
         self.info = read_json(self.path / "run.json") or {}
+        self._require_same_config()
 
     def _require_same_config(self):
         stored = read_json(self.path / "config.json")
         if stored is None:
             if (self.path / "config.json").exists():
                 raise ConfigError(f"workdir = {str(self.path)!r}: its config.json can't be read; delete it to go on")
+            there, here = self.info.get("run_id"), configs.run_id(self.cfg)
+            if there not in (None, here):
+                raise ConfigError(f"workdir = {str(self.path)!r}: holds run {there} without config.json, not {here}")
             return
         try:
             stored = without_volatile(configs.from_dict(stored))

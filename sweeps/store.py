@@ -131,7 +131,9 @@ class Store:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise ConfigError(f"store = {str(self.path)!r}: sweep.json can't be read ({error})") from None
+            raise ConfigError(
+                f"store = {str(self.path)!r}: sweep.json can't be read ({error}); delete it and launch again"
+            ) from None
 
     def write_sweep(self, name: str, config: str, cells: list[dict]) -> None:
         """Records the planned cells. Cells of an earlier plan stay listed only where they have been run."""

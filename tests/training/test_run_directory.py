@@ -61,6 +61,14 @@ def test_another_config_is_refused_by_its_first_field(small, train_one, tmp_path
     assert train_one(small(**{"train.log_every": 7, "mesh.fsdp": 2}), tmp_path / "run")["status"] == "done"
 
 
+def test_without_its_config_a_run_is_known_by_its_id(small, train_one, tmp_path):
+    train_one(small(), tmp_path / "run", should_stop=lambda step: step == 6)
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=rf"holds run {run_id(small())} without config\.json, not "):
+        train_one(small(**{"optim.lr": 0.5}), tmp_path / "run")
+    assert train_one(small(), tmp_path / "run")["status"] == "done"
+
+
 def test_one_process_at_a_time(small, train_one, tmp_path):
     holder = metrics.RunDir(tmp_path / "run", small())
     with pytest.raises(ConfigError, match="another process is training here"):
