@@ -14,6 +14,7 @@ import pandas as pd
 from scipy.stats import chi2
 
 from analysis import frontier, uncertainty
+from analysis.hyperparameters import near_optimal
 from analysis.isoflop import fit_isoflop
 from analysis.laws import get_law
 from analysis.load import Table
@@ -89,6 +90,22 @@ def few(rng, seed, n=8, noise=5e-3) -> dict[str, bool]:
     return {"gamma": lo <= truth["gamma"] <= hi, "gamma, wider": wider}
 
 
+def settings(rng, seed, noise=1e-3, scatter=0.1, step=0.35) -> dict[str, bool]:
+    """Exponents of the best learning rate from near-optimal runs of a grid; each group is a little off the law."""
+    law, truth, rows = get_law("lr_size_data"), dict(k=1.79, p=-0.713, q=0.307), []
+    for N in (2e8, 4e8, 8e8):
+        for D in (1e10, 2e10, 4e10, 8e10, 1.6e11):
+            best = [np.log(law.evaluate(truth, N=N, D=D)), np.log(0.58 * D**0.571)] + scatter * rng.standard_normal(2)
+            lr, batch = np.meshgrid(step * np.arange(-24, -8), step * np.arange(36, 48))
+            x, y = lr.ravel() - best[0], batch.ravel() - best[1]
+            loss = 0.007 * x * x - 0.004 * x * y + 0.006 * y * y + noise * rng.standard_normal(len(x))
+            rows.append(pd.DataFrame({"N": N, "D": D, "lr": np.exp(lr.ravel()), "loss": 2.5 * np.exp(loss)}))
+    near = near_optimal(as_table(pd.concat(rows, ignore_index=True)), 0.0025).rows
+    draws = uncertainty.bootstrap(*near_truth(law, near, truth), 96, seed=seed)
+    ends = {name: np.quantile(draws[name], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) for name in ("p", "q")}
+    return {f"settings {name}": lo <= truth[name] <= hi for name, (lo, hi) in ends.items()}
+
+
 def isoflop(rng, seed) -> dict[str, bool]:
     """The exponent of N* from IsoFLOP minima, plain and weighted."""
     table, truth = as_table(sweep(rng, 1.5e-3)), TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"])
@@ -128,7 +145,7 @@ def _compared(rng, seed, **variant) -> dict:
     return frontier.compare(*(frontier.frontier_points(rows, name, options) for name, rows in sweeps.items()), LEVEL)
 
 
-SIMULATIONS = {f.__name__: f for f in (parametric, few, isoflop, holdout, gain)}
+SIMULATIONS = {f.__name__: f for f in (parametric, few, settings, isoflop, holdout, gain)}
 
 
 def coverage(name: str, simulations: int, seed: int = 0) -> dict[str, float]:

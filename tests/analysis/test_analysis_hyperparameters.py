@@ -51,6 +51,20 @@ def test_known_laws_are_recovered_at_each_threshold():
             assert row["params"][name]["value"] == pytest.approx(value, abs=0.12), (row["law"], row["tau"])
 
 
+def test_groups_whose_best_settings_lie_at_the_edge_of_the_grid_are_counted():
+    """Their exponents are biased: with batches up to 2^18 tokens only, the best of most groups is the largest tried."""
+    full = grid()
+    cut = load_table(full[full["batch"] <= 2.0**18], required=("N", "D", "lr", "batch", "loss"))
+    options = Options(bootstrap=50, holdout=False)
+    near, best = hyperparameters.sensitivity(cut, ["batch_data"], taus=(0.0025,), options=options)
+    assert near["cut"] >= 6 and best["cut"] >= 3
+    assert abs(near["params"]["p"]["value"] - 0.571) > 0.12
+    assert "near-best runs reach the edge of the batch tried in some groups" in hyperparameters.text_table([near, best])
+    whole = load_table(full, required=("N", "D", "lr", "batch", "loss"))
+    (row, _) = hyperparameters.sensitivity(whole, ["batch_data"], taus=(0.0025,), options=options)
+    assert row["cut"] == 0 and "reach the edge" not in hyperparameters.text_table([row])
+
+
 def test_published_grid_and_its_sensitivity():
     table = load_table(public_table("steplaw_dense.csv"), required=("N", "D", "lr", "batch", "loss"),
                        columns={"loss": "smooth loss", "batch": "bs * 2048"})  # fmt: skip
