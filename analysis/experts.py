@@ -32,13 +32,16 @@ def loads(run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @plots.styled
 def figure(steps, load, information):
-    """Largest and smallest load of each layer, specialisation, and the loads of all experts in some layers."""
+    """Largest and smallest load of each layer, specialisation, and the loads of all experts in some layers.
+
+    Layers are those with experts, counted from 1.
+    """
     layers = np.unique(np.linspace(0, load.shape[1] - 1, SHOWN).round().astype(int))
     result, axes = plots.new_figure(2 + len(layers), width=3.2, height=3.0)
     axis, special, *maps = axes[0]
     for i, layer in enumerate(layers):
         colour = plots.ARCH_COLOURS[i]
-        axis.plot(steps, load[:, layer].max(-1), color=colour, label=f"layer {layer}")
+        axis.plot(steps, load[:, layer].max(-1), color=colour, label=f"expert layer {layer + 1}")
         axis.plot(steps, load[:, layer].min(-1), color=colour, linestyle=":")
     axis.axhline(1.0, color="0.6", linewidth=0.8)
     axis.set(xlabel="step", ylabel="load / mean load", title="largest and smallest (dotted)", ylim=(0, None))
@@ -51,7 +54,7 @@ def figure(steps, load, information):
             load[:, layer].T, aspect="auto", origin="lower", interpolation="nearest", cmap="viridis", vmin=0,
             vmax=max(2.0, float(np.quantile(load, 0.99))), extent=(steps[0], steps[-1], -0.5, load.shape[2] - 0.5),
         )  # fmt: skip
-        axis.set(title=f"layer {layer}", xlabel="step", ylabel="expert")
+        axis.set(title=f"expert layer {layer + 1}", xlabel="step", ylabel="expert")
         axis.grid(False)
     result.colorbar(image, ax=maps, label="load / mean load")
     return result

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from efficient_lm.blocks import RESIDUALS
@@ -116,7 +117,8 @@ class LM:
 
         x, aux = self._walk(params, constrain(self._embed(params, tokens)), ctx, visit, remat=self.model.remat)
         observed = _take_observed(aux)
-        return self._logits(params, x), _mean_over_layers(aux) | ({"observed": observed} if observed else {})
+        logged = _mean_over_layers(aux, self.layers)
+        return self._logits(params, x), logged | ({"observed": observed} if observed else {})
 
     def look(self, params, tokens, look, segment_ids=None, positions=None, constrain=lambda x: x):
         """{group: {block name: look(block, x, y, ctx)}} for the input x and output y of every block; see `layers`."""
@@ -332,24 +334,26 @@ def _take_observed(outs):
     return observed
 
 
-def _mean_over_layers(outs):
+def _mean_over_layers(outs, layers_of):
     """{group: {block: {name: [layers]}}} -> {name: mean}, the sum where a name ends in _loss.
 
-    Where a name ends in _profile the layers stay apart: [layers, n], prefix, each block of the pattern with all its
-    repeats, tail.
+    Where a name ends in _profile the layers that have it stay apart, in their order: [layers, n]. `layers_of(group,
+    block)` are the layers of a block.
     """
-    collected = {}
-    for aux in (aux for blocks in outs.values() for aux in blocks.values()):
-        for name, values in aux.items():
-            shape = (-1, values.shape[-1]) if name.endswith("_profile") else (-1,)
-            collected.setdefault(name, []).append(jnp.reshape(values, shape))
-    return {name: _reduce(name, values) for name, values in collected.items()}
+    collected, layers = {}, {}
+    for group, blocks in outs.items():
+        for block, aux in blocks.items():
+            for name, values in aux.items():
+                shape = (-1, values.shape[-1]) if name.endswith("_profile") else (-1,)
+                collected.setdefault(name, []).append(jnp.reshape(values, shape))
+                layers.setdefault(name, []).extend(layers_of(group, block))
+    return {name: _reduce(name, values, layers[name]) for name, values in collected.items()}
 
 
-def _reduce(name, values):
+def _reduce(name, values, layers):
     if name.endswith("_profile"):
         # Layers with fewer entries than others end in zeros.
         longest = max(value.shape[-1] for value in values)
         values = [jnp.pad(value, ((0, 0), (0, longest - value.shape[-1]))) for value in values]
-        return jnp.concatenate(values)
+        return jnp.concatenate(values)[np.argsort(layers)]
     return (jnp.sum if name.endswith("_loss") else jnp.mean)(jnp.concatenate(values))

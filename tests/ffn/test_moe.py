@@ -11,7 +11,7 @@ from efficient_lm.config import from_dict
 from efficient_lm.counting import traced_matmul_flops
 from efficient_lm.ffn import FFNS, dispatch, routing
 from efficient_lm.layers import Context, Maker
-from efficient_lm.model import Part
+from efficient_lm.model import LM, Part
 from efficient_lm.schema import ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -118,6 +118,18 @@ def test_all_experts_chosen_are_a_dense_mixture():
         one = {name: {"kernel": params["experts"][name]["kernel"][e]} for name in ("up", "gate", "down")}
         want += weights[..., e : e + 1] * part.bind(one)(x, Context())[0]
     np.testing.assert_allclose(apply(params, x)[0], want, rtol=2e-5, atol=1e-6)
+
+
+def test_loads_come_in_the_order_of_the_layers():
+    """Also where a pattern has several mixtures, each of which is scanned over its own repeats."""
+    sizes = {"first": 3, "even": 4, "odd": 6}
+    ffns = {name: {"kind": "moe", "n_experts": n, "d_expert": 8} for name, n in sizes.items()}
+    blocks = {"prefix": ["attention/first"], "pattern": ["attention/even", "attention/odd"]}
+    model = from_dict({"model": {"d_model": D, "n_layers": 6, "dtype": "float32", "ffns": ffns, **blocks}}).model
+    lm = LM(model)
+    _, aux = jax.jit(lm)(jax.jit(lm.init)(jax.random.key(0)), jnp.arange(B * T).reshape(B, T))
+    # Loads over their mean add up to the number of experts.
+    np.testing.assert_allclose(jnp.sum(aux["router_load_profile"], axis=-1), [3, 4, 6, 4, 6, 4], rtol=1e-5)
 
 
 def test_the_router_is_float32_whatever_the_inputs():
