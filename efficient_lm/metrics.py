@@ -62,8 +62,7 @@ class RunDir:
 
     def require_same_data(self, spec: dict, start: int) -> None:
         """Raises ConfigError where the steps before `start` were taken on other tokens than those of `spec`."""
-        before, now = (s.get("sha256") or {} for s in (self.info.get("data") or {}, spec))
-        if start and before and before["tokens.bin"] != now.get("tokens.bin"):
+        if start and other_tokens(self.info, spec):
             raise ConfigError(
                 f"config.data = {self.cfg.data.path or self.cfg.data.source!r}: holds other tokens than this run was "
                 f"trained on up to step {start}; bring those back, or begin anew in another workdir"
@@ -109,6 +108,12 @@ class RunDir:
         for file in (self._rows, self._lock):
             if file is not None:
                 file.close()
+
+
+def other_tokens(info: dict, spec: dict) -> bool:
+    """Whether the text of `spec` (of a data source) is not that which the run of `info` (its run.json) read."""
+    before, now = (s.get("sha256") or {} for s in (info.get("data") or {}, spec))
+    return bool(before) and before.get("tokens.bin") != now.get("tokens.bin")
 
 
 def first_difference(there, here, path: str):

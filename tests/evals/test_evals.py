@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from efficient_lm.data.tasks import TASKS
 from efficient_lm.evals import __main__ as command
 from efficient_lm.evals.evaluate import TaskSpec, evaluate_run
 from efficient_lm.generate import load_run
+from efficient_lm.schema import ConfigError
 from efficient_lm.train import open_split, train
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -57,6 +59,15 @@ def test_validation_scores_are_those_of_the_run(task_run):
     assert scores["perplexity"] == pytest.approx(math.exp(info["final_loss"]), rel=1e-5)
     assert scores["bpb"] == pytest.approx(info["final_bpb"], rel=1e-5)
     assert scores["rows"] == 20 and scores["answers"] == 480
+
+
+def test_other_text_than_that_of_training_is_not_scored(task_run, tmp_path):
+    shutil.copytree(task_run, tmp_path / "run")
+    info = metrics.read_json(task_run / "run.json")
+    metrics.write_json(tmp_path / "run" / "run.json", info | {"data": {"sha256": {"tokens.bin": "another"}}})
+    with pytest.raises(ConfigError, match="'word_problem' holds other tokens now .* --no-validation"):
+        evaluate_run(tmp_path / "run")
+    assert evaluate_run(tmp_path / "run", validation=False)["tasks"] == []
 
 
 def test_scores_are_those_of_the_logits(task_run):
