@@ -21,7 +21,7 @@ def test_nominal_90_percent_covers_85_to_95(name, simulations):
     """The share over fixed simulations itself lies within 85-95 %.
 
     By the binomial law, intervals that in truth cover 80 % or 99 % get there by luck less than once in ten (a share of
-    1500, `python -m tests.analysis.coverage --simulations 1500`, lies within .877 to .938 for every entry but the gains,
+    1500, `python -m tests.analysis.coverage --simulations 1500`, lies within .877 to .938 for all but the gains,
     whose intervals are a little wide: .90 to .957 of 600).
     """
     least, most = np.ceil(0.85 * simulations), np.floor(0.95 * simulations)
