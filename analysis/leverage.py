@@ -59,7 +59,7 @@ def leverage(
             draws = None if drawn is None else compute_for(fit.draws, drawn) / run["C"]
             inside = dense.rows["loss"].min() <= run["loss"] <= dense.rows["loss"].max()
             out.append({
-                "row": str(label), **{name: run[name] for name in by}, "C": float(run["C"]),
+                "row": str(run.get("run_id", label)), **{name: run[name] for name in by}, "C": float(run["C"]),
                 "loss": float(run["loss"]), "EL": interval(compute_for(fit.values, run["loss"]) / run["C"], draws,
                 options.level), "extrapolated": not inside,
             })  # fmt: skip
@@ -70,6 +70,15 @@ def frame(rows: list[dict]) -> pd.DataFrame:
     """`leverage` as a table with columns EL, EL_lo, EL_hi."""
     flat = [{**row, "EL": row["EL"]["value"], "EL_lo": row["EL"]["lo"], "EL_hi": row["EL"]["hi"]} for row in rows]
     return pd.DataFrame(flat)
+
+
+def repeats(table: Table) -> str:
+    """A note where sizes were trained more than once: the best of several tries flatters. '' where none was."""
+    by = [name for name in ("arch", "A", "G", "S", "N", "budget") if name in table.rows]
+    tries = table.rows.groupby(by)["loss"].size() if {"N", "budget"} <= set(by) else pd.Series(dtype=int)
+    more = int((tries > 1).sum())
+    found = f"note: {table.source}: {more} of {len(tries)} sizes have several runs, the best of which counts"
+    return found if more else ""
 
 
 def text_table(rows: list[dict]) -> str:
@@ -152,6 +161,13 @@ def main(args: argparse.Namespace) -> None:
     options = cli.fit_options(args, holdout=False)
     rows = leverage(*tables, args.law, options=options)
     print(text_table(rows))
+    print("leverage: C of the dense law at that loss over C")
+    print("A: experts used over all, shared ones in both; G: 2 d_model / d_expert")
+    counted = tables[1].conventions() or "C: FLOP"
+    drawn = f"intervals: {args.level:.0%}, from {args.bootstrap} bootstrap draws" if args.bootstrap else "no intervals"
+    print(f"{counted}; loss: nats per token; {drawn}")
+    for note in dict.fromkeys(filter(None, map(repeats, tables))):
+        print(note)
     if args.out:
         frame(rows).to_csv(args.out, index=False)
 

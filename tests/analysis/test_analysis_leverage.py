@@ -148,3 +148,19 @@ def test_recovery_spread_of_massive_activations():
         assert width(derived[name]) < limit * truth[name], name
     assert np.corrcoef(np.log(derived["lambda"]), np.log(derived["gamma"]))[0, 1] < -0.98
     assert width(derived["lambda"]) > 0.12 * paper["lambda"] and width(derived["A"]) > 0.12 * paper["A"]
+
+
+def test_the_command_says_what_it_counts_and_where_the_best_of_several_tries_counts(tmp_path, capsys):
+    rows = pd.DataFrame({"run_id": [f"r{i}" for i in range(8)], "budget": [1e17, 1e18, 1e19, 1e20] * 2, "N": 1e6})
+    C = rows["budget"].to_numpy()
+    rows = rows.assign(C=C, loss=DENSE["k"] * C ** -DENSE["gamma"] * np.repeat([1.0, 0.97], 4))
+    again = rows.iloc[4:5].assign(run_id="again", loss=4.0)
+    rows.iloc[:4].to_csv(tmp_path / "dense.csv", index=False)
+    pd.concat([rows.iloc[4:], again]).to_csv(tmp_path / "moe.csv", index=False)
+    files = ["--dense", str(tmp_path / "dense.csv"), "--variant", str(tmp_path / "moe.csv"), "--bootstrap", "0"]
+    assert cli.run(main, parser(), files) == 0
+    printed = capsys.readouterr().out
+    assert "r4 " in printed and "again" not in printed
+    assert "C: FLOP; loss: nats per token; no intervals" in printed
+    assert "moe.csv: 1 of 4 sizes have several runs, the best of which counts" in printed
+    assert "dense.csv" not in printed.partition("note:")[2]
