@@ -36,10 +36,11 @@ class IsoFlop:
 
     archs: name -> overrides of config fields, or a Cell that has axes too. shapes: overrides that set a size, a list
     for all budgets or a dict {budget: list}; from a list, each budget takes the shapes with `tokens_per_parameter` in
-    the range and, when there are more than `points`, those nearest to an even spacing in log N. `lr` and `batch`
-    (tokens) are rules of `sweeps.rules`; the batch is rounded to whole sequences. `seeds` is a number of seeds, or
-    {budget: number}. `extra` are overrides for every cell. FLOPs are training FLOPs under `convention`
-    (`efficient_lm.flops`).
+    the range and, when there are more than `points`, those nearest to an even spacing in log parameters. Parameters are
+    the active ones, which one token uses, without the input embedding: of a mixture of experts fewer than the N of
+    the analysis package, which counts all experts. `lr` and `batch` (tokens) are rules of `sweeps.rules`; the batch is
+    rounded to whole sequences. `seeds` is a number of seeds, or {budget: number}. `extra` are overrides for every cell.
+    FLOPs are training FLOPs under `convention` (`efficient_lm.counting`).
     """
 
     archs: dict[str, dict | Cell]
@@ -102,12 +103,12 @@ class IsoFlop:
         candidates = []
         for shape in shapes:
             cell = arch | Cell(self.extra) | Cell(shape, {"budget": budget})
-            candidates.append(Candidate.size_up(values, cell, budget, self.convention))
+            candidates.append(Candidate.size_up(values, cell, f"{label} {_short(shape)}", budget, self.convention))
         if not isinstance(self.shapes, dict):
             candidates = self._near_optimal(candidates)
             if not candidates:
                 low, high = self.tokens_per_parameter
-                dropped.append(f"{label}: no shape has {low:g}..{high:g} tokens per parameter")
+                dropped.append(f"{label}: no shape has {low:g}..{high:g} tokens per active parameter")
         cells = []
         for candidate in candidates:
             cell, steps = candidate.trained(self.lr, self.batch)
@@ -138,7 +139,7 @@ class IsoFlop:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape at a budget. `parameters` counts everything but the input embedding."""
+    """A shape at a budget. `parameters` counts what one token uses, without the input embedding."""
 
     cell: Cell
     shape: dict
@@ -149,8 +150,8 @@ class Candidate:
     size: rules.RunSize
 
     @classmethod
-    def size_up(cls, values: dict, cell: Cell, budget: float, convention: str) -> "Candidate":
-        config = resolve(values, cell.overrides)
+    def size_up(cls, values: dict, cell: Cell, name: str, budget: float, convention: str) -> "Candidate":
+        config = resolve(values, cell.overrides, name)
         params, per_token = count_params(config), count_flops(config)[convention]
         tokens = budget / per_token
         # The published laws count neither embedding nor logits in N and C.
@@ -176,12 +177,15 @@ class Candidate:
         return self.cell | Cell(settings, dict(self.shape)), steps
 
 
-def resolve(values: dict, overrides: dict) -> configs.Config:
-    """Checked config from the nested dict of a config file and dotted overrides. Raises ConfigError."""
+def resolve(values: dict, overrides: dict, cell: str) -> configs.Config:
+    """Checked config from the nested dict of a config file and dotted overrides. Raises ConfigError, naming `cell`."""
     values = _copied(values)
-    for key, value in overrides.items():
-        configs.set_path(values, key, value)
-    return configs.from_dict(values)
+    try:
+        for key, value in overrides.items():
+            configs.set_path(values, key, value)
+        return configs.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in cell {cell})") from None
 
 
 def _copied(value):

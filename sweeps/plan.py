@@ -8,6 +8,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
+import jax
+
 from efficient_lm import config as configs
 from efficient_lm import hardware
 from efficient_lm.counting import count_flops, count_params
@@ -40,7 +42,8 @@ class PlannedCell:
     @classmethod
     def of(cls, cell: Cell, values: dict) -> "PlannedCell":
         """Resolves a cell on the nested dict `values` of its base config. Raises ConfigError."""
-        config = resolve(values, {**cell.overrides, **{f"sweep.{key}": value for key, value in cell.axes.items()}})
+        axes = {f"sweep.{key}": value for key, value in cell.axes.items()}
+        config = resolve(values, {**cell.overrides, **axes}, cell.describe())
         if not config.name:
             config = dataclasses.replace(config, name=str(cell.axes.get("arch", "")))
         flops = count_flops(config)["model_causal"]
@@ -113,7 +116,7 @@ class Plan:
     measured_on: list[str] = field(default_factory=list)
 
     def predict(self, calibration: Calibration) -> None:
-        self.measured_on = calibration.devices()
+        self.measured_on = calibration.devices(self.cells)
         self.cells = [dataclasses.replace(c, predicted_seconds=calibration.predict(c)) for c in self.cells]
 
     def total_seconds(self) -> float | None:
@@ -135,32 +138,32 @@ def plan_within(spec: str, overrides, budget: Budget, calibration: Calibration, 
         plan.predict(calibration)
         return _drop_dearest(plan, budget, workers)
 
-    def cost(top):
-        plan = _plan_of(sweep.with_top(top), spec, overrides)
+    def within(exponent):
+        plan = _plan_of(sweep.with_top(sweep.budgets.top * 2 ** (exponent / 2)), spec, overrides)
         plan.predict(calibration)
-        return sum(budget.cost(c.predicted_seconds, c.flops, workers) for c in plan.cells), plan
+        cost = sum(budget.cost(c.predicted_seconds, c.flops, workers) for c in plan.cells)
+        return plan if cost <= budget.amount else None
 
     # Tops in half powers of two around the file's own: the cost grows with the top, apart from rounding.
-    best, asked = None, sweep.budgets.top
-    exponent = 0
-    if cost(asked)[0] <= budget.amount:
-        while exponent < 200 and (trial := cost(asked * 2 ** (exponent / 2)))[0] <= budget.amount and trial[1].cells:
-            best, exponent = trial[1], exponent + 1
+    best, exponent = within(0), 0
+    if best:
+        while exponent < 200 and (larger := within(exponent + 1)):
+            best, exponent = larger, exponent + 1
     else:
         while exponent > -200 and best is None:
             exponent -= 1
             try:
-                spent, plan = cost(asked * 2 ** (exponent / 2))
+                best = within(exponent)
             except ConfigError:  # no cell is left at so small a budget
                 break
-            best = plan if spent <= budget.amount else None
     if best is None:
         raise ConfigError(f"budget = {budget.text!r}: too small for a single cell of {spec}")
-    budgets = sorted({cell.axes["budget"] for cell in best.cells})
-    best.dropped.append(
-        f"compute budgets set to {', '.join(f'{b:.3g}' for b in budgets)} FLOPs to fit {budget.text!r} "
-        f"(the sweep file has {', '.join(f'{b:.3g}' for b in sweep.all_budgets())})"
-    )
+    if exponent:
+        budgets = sorted({cell.axes["budget"] for cell in best.cells})
+        best.dropped.append(
+            f"compute budgets set to {', '.join(f'{b:.3g}' for b in budgets)} FLOPs to fit {budget.text!r} "
+            f"(the sweep file has {', '.join(f'{b:.3g}' for b in sweep.all_budgets())})"
+        )
     return best
 
 
@@ -178,6 +181,18 @@ def choose(plan: Plan, where: str) -> None:
     if not wanted.all():
         plan.dropped.append(f"{(~wanted).sum()} of {len(cells)} cells: not {where}")
     plan.cells = [cell for cell, keep in zip(plan.cells, wanted, strict=True) if keep]
+
+
+def without_effect(cells: list[PlannedCell], overrides: dict) -> list[str]:
+    """A line for each override of settings of a mixer or ffn that no layer of any cell uses (as in `configs.load`)."""
+    models = [cell.config.model for cell in cells]
+    lines = []
+    for key, value in overrides.items():
+        if key.startswith(("model.mixers.", "model.ffns.")):
+            section, name = key.split(".")[1:3]
+            if not any(name in getattr(model, section) for model in models):
+                lines.append(f"config.{key} = {value}: has no effect, no layer of any cell uses {name!r}")
+    return lines
 
 
 def _drop_dearest(plan: Plan, budget: Budget, workers: int) -> Plan:
@@ -277,6 +292,7 @@ def _planned(args, overrides, store: Store | None, workers: int) -> Plan:
     budget = parse_budget(args.budget) if args.budget else None
     calibration = Calibration.read(args.calibration)
     hardware.require_devices()
+    calibration.device = jax.devices()[0].device_kind
     plan = make_plan(args.config, overrides)
     if args.where:
         choose(plan, args.where)
@@ -287,8 +303,10 @@ def _planned(args, overrides, store: Store | None, workers: int) -> Plan:
         calibration.add_runs(store, plan.cells)
     calibration.tokens_per_second = args.tokens_per_second
     if budget:
-        return plan_within(args.config, overrides, budget, calibration, workers)
-    plan.predict(calibration)
+        plan = plan_within(args.config, overrides, budget, calibration, workers)
+    else:
+        plan.predict(calibration)
+    plan.warnings += without_effect(plan.cells, overrides)
     return plan
 
 

@@ -2,15 +2,15 @@
 
 
 def table(plan, store=None) -> str:
-    """The cells of a plan, one a line, with their states in `store`."""
-    header = ["cell", "params", "tokens", "FLOPs", "tok/param", "lr", "batch", "steps", "seconds", "run_id", "state"]
+    """The cells of a plan, one a line, with their states in `store`. "active": parameters that one token uses."""
+    header = ["cell", "active", "tokens", "FLOPs", "tok/active", "lr", "batch", "steps", "seconds", "run_id", "state"]
     rows = []
     for cell in plan.cells:
         seconds = "-" if cell.predicted_seconds is None else f"{cell.predicted_seconds:.1f}"
-        used = cell.params["active"]
+        active = cell.params["active"]
         state = store.state(cell.run_id) if store else "-"
         rows.append([
-            cell.label, f"{used:,}", f"{cell.tokens:,}", f"{cell.flops:.4g}", f"{cell.tokens / used:.1f}",
+            cell.label, f"{active:,}", f"{cell.tokens:,}", f"{cell.flops:.4g}", f"{cell.tokens / active:.1f}",
             f"{cell.config.optim.lr:.3g}", f"{cell.batch_tokens:,}", f"{cell.steps:,}", seconds, cell.run_id, state,
         ])  # fmt: skip
     return align(header, rows)

@@ -1,13 +1,16 @@
 """Predicted time of runs, from measured steps; and budgets given as text ('2 gpu-hours', '20 minutes', '1e18 flops').
 
-A calibration file holds measured points (architecture, device, FLOPs per step, seconds per step). A prediction
-interpolates log seconds over log FLOPs between the points of the same architecture.
+A calibration file holds measured points (architecture, its settings, device, FLOPs per step, seconds per step). A
+prediction interpolates log seconds over log FLOPs between the points of the same architecture with the same settings,
+of one kind of device: that of this process if any was measured there, else the one measured last.
 """
 
+import hashlib
 import json
 import math
 import re
 import statistics
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 
 from efficient_lm import config as configs
 from efficient_lm.metrics import write_json
-from efficient_lm.schema import ConfigError
+from efficient_lm.schema import ConfigError, to_dict
 from sweeps.store import read_json
 
 _SECONDS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
@@ -65,6 +68,7 @@ class Point:
     """A measured step: `overhead` are the seconds of a run outside its steps (start, compile, evaluation)."""
 
     arch: str
+    settings: str
     device: str
     flops_per_step: float
     tokens_per_step: int
@@ -72,22 +76,50 @@ class Point:
     overhead: float
 
 
-class Calibration:
-    """Measured points, or one throughput in tokens per second for everything."""
+def settings_of(config: configs.Config) -> str:
+    """8 hex digits of what decides the time of a step beside its FLOPs.
 
-    def __init__(self, points=(), tokens_per_second: float | None = None):
+    Of the model all but its numbers: shapes of one sweep differ in them (layers, width, heads), and FLOPs count most.
+    """
+    train = config.train
+    rest = [config.data.pack, config.optim.name, train.seq_len, train.steps_per_call]
+    text = json.dumps([_without_numbers(to_dict(config.model)), *rest], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _without_numbers(value):
+    if isinstance(value, dict):
+        return {key: _without_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_numbers(item) for item in value]
+    return value if isinstance(value, str | bool) else None
+
+
+class Calibration:
+    """Measured points, or one throughput in tokens per second for everything. `device` is the kind planned for."""
+
+    def __init__(self, points=(), tokens_per_second: float | None = None, device: str = ""):
         self.points = list(points)
         self.tokens_per_second = tokens_per_second
+        self.device = device
 
     @classmethod
     def read(cls, path) -> "Calibration":
-        """The points of a calibration file; none where the file does not exist. Raises ConfigError."""
+        """The points of a calibration file; none where the file does not exist. Raises ConfigError.
+
+        Points of the older format, which does not tell settings, are left out with a note on standard error.
+        """
         if not Path(path).exists():
             return cls()
         try:
-            return cls([Point(**point) for point in read_json(path)["points"]])
+            found = read_json(path)["points"]
+            points = [Point(**point) for point in found if "settings" in point]
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"calibration = {str(path)!r}: not a calibration file ({error})") from None
+        if len(points) < len(found):
+            old = f"{len(found) - len(points)} points of an older format are not used; measure again with --calibrate"
+            print(f"note: calibration = {str(path)!r}: {old}", file=sys.stderr)
+        return cls(points)
 
     def write(self, path) -> None:
         write_json(path, {"points": [asdict(point) for point in self.points]})
@@ -105,17 +137,25 @@ class Calibration:
             return
         overhead = max(0.0, (wall or 0.0) - step * run["steps_done"])
         device = (run.get("hardware") or {}).get("device_kind", "")
-        self.points.append(Point(cell.arch, device, cell.flops / cell.steps, cell.batch_tokens, step, overhead))
+        self.points.append(Point(*_key(cell), device, cell.flops / cell.steps, cell.batch_tokens, step, overhead))
 
-    def devices(self) -> list[str]:
-        """Where the points were measured; [] for a given throughput."""
-        return [] if self.tokens_per_second else sorted({point.device for point in self.points})
+    def devices(self, cells) -> list[str]:
+        """Where the steps were measured that the cells' times come from; [] for a given throughput."""
+        if self.tokens_per_second:
+            return []
+        return sorted({point.device for cell in cells for point in self._points(cell)})
+
+    def _points(self, cell) -> list[Point]:
+        key = _key(cell)
+        same = [p for p in self.points if (p.arch, p.settings) == key]
+        here = [p for p in same if p.device == self.device]
+        return here or [p for p in same if p.device == same[-1].device]
 
     def predict(self, cell) -> float | None:
         """Seconds that a planned cell takes on one worker; None where nothing was measured."""
         if self.tokens_per_second:
             return cell.tokens / self.tokens_per_second
-        points = [p for p in self.points if p.arch == cell.arch]
+        points = self._points(cell)
         if not points:
             return None
         step = _interpolate(points, cell.flops / cell.steps)
@@ -125,8 +165,11 @@ class Calibration:
         """Times the real compiled step: short runs of the cheapest, middle and dearest step of each architecture."""
         if trainer is None:
             from efficient_lm.train import train as trainer
-        for arch in dict.fromkeys(cell.arch for cell in cells):
-            own = sorted((c for c in cells if c.arch == arch), key=lambda c: c.flops / c.steps)
+        groups = {}
+        for cell in cells:
+            groups.setdefault(_key(cell), []).append(cell)
+        for group in groups.values():
+            own = sorted(group, key=lambda c: c.flops / c.steps)
             picks = sorted({round(i * (len(own) - 1) / max(1, per_arch - 1)) for i in range(per_arch)})
             for cell in (own[i] for i in picks):
                 log(f"timing {cell.label}")
@@ -144,6 +187,10 @@ class Calibration:
         if run.get("status") == "preempted":  # the trainer takes signals for itself
             raise KeyboardInterrupt
         self._add(cell, run)
+
+
+def _key(cell) -> tuple[str, str]:
+    return cell.arch, settings_of(cell.config)
 
 
 def _interpolate(points, flops: float) -> float:

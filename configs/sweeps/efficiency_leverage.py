@@ -117,7 +117,7 @@ def get_sweep(variant="cpu"):
             shapes=[shape(2, width) for width in (12, 16, 24, 32, 48, 64, 80)],
             budgets=(7e10, 2.1e11, 6.3e11),
             points=4,
-            tokens_per_parameter=(2.0, 300.0),
+            tokens_per_parameter=(2.0, 300.0),  # active parameters
             lr=inverse_width(0.2),
             batch=constant(512),
         )

@@ -16,7 +16,7 @@ from sweeps.isoflop import IsoFlop, Ladder
 from sweeps.plan import make_plan, plan_within
 from sweeps.rules import LR_RULES, constant, inverse_width
 from sweeps.tables import wall_seconds
-from sweeps.timing import Calibration, Point, parse_budget
+from sweeps.timing import Calibration, Point, parse_budget, settings_of
 
 SHAPES = [{"model.n_layers": n, "model.d_model": d} for n, d in [(1, 16), (2, 16), (2, 24), (2, 32), (3, 48), (4, 64)]]
 BASE = """
@@ -199,6 +199,11 @@ def test_budget_moves_the_ladder_and_is_kept_to(sweep_file):
     assert max(c.flops for c in large.cells) > 50 * max(c.flops for c in small.cells)
     with pytest.raises(ConfigError, match="too small for a single cell"):
         plan_within(path, {}, parse_budget("1e3 flops"), rate, workers=1)
+    asked = make_plan(path)
+    spent = parse_budget(f"{1.1 * sum(c.flops for c in asked.cells):.6e} flops")
+    same = plan_within(path, {}, spent, rate, workers=1)
+    assert [c.run_id for c in same.cells] == [c.run_id for c in asked.cells]
+    assert same.dropped == asked.dropped  # the budget changed nothing
 
 
 def test_budget_drops_the_dearest_group_of_fixed_budgets(sweep_file):
@@ -244,11 +249,39 @@ def test_prediction_interpolates_measured_steps(sweep_file):
     plan = make_plan(sweep_file(LADDER_FILE))
     cell = plan.cells[0]
     step = cell.flops / cell.steps
-    points = [Point("gla", "cpu", step / 2, 128, 1e-3, 1.0), Point("gla", "cpu", step * 2, 128, 4e-3, 3.0)]
+    key = ("gla", settings_of(cell.config), "cpu")
+    points = [Point(*key, step / 2, 128, 1e-3, 1.0), Point(*key, step * 2, 128, 4e-3, 3.0)]
     assert Calibration(points).predict(cell) == pytest.approx(cell.steps * 2e-3 + 2.0)
     assert Calibration(points[:1]).predict(cell) == pytest.approx(cell.steps * 2e-3 + 1.0)  # same FLOPs per second
     assert Calibration(points[1:]).predict(cell) == pytest.approx(cell.steps * 4e-3 + 3.0)  # no faster than measured
-    assert Calibration([Point("other", "cpu", step, 128, 1.0, 0.0)]).predict(cell) is None
+    assert Calibration([Point("other", *key[1:], step, 128, 1.0, 0.0)]).predict(cell) is None
+
+
+def test_prediction_takes_points_of_the_same_settings_and_of_one_kind_of_device(sweep_file):
+    path = sweep_file(LADDER_FILE)
+    cell = make_plan(path).cells[0]
+    step, settings = cell.flops / cell.steps, settings_of(cell.config)
+    points = [
+        Point("gla", settings, device, step, 128, seconds, 0.0)
+        for device, seconds in (("cpu", 1.0), ("NVIDIA H100", 1e-3), ("TPU v4", 1e-2))
+    ]
+    for device, expected in (("cpu", 1.0), ("NVIDIA H100", 1e-3), ("NVIDIA A100", 1e-2)):  # of none here: the last
+        calibration = Calibration(points, device=device)
+        assert calibration.predict(cell) == pytest.approx(cell.steps * expected)
+        assert calibration.devices([cell]) == [device if device != "NVIDIA A100" else "TPU v4"]
+    for changes in ({"model.dtype": "bfloat16"}, {"train.seq_len": 32}, {"model.mixers.gla.implementation": "xla"}):
+        other = make_plan(path, changes).cells[0]
+        assert other.arch == cell.arch and Calibration(points).predict(other) is None
+    assert len({settings_of(c.config) for c in make_plan(path).cells}) == 1  # shapes share their points
+
+
+def test_points_of_the_older_format_are_left_out_with_a_note(tmp_path, capsys):
+    path = tmp_path / "calibration.json"
+    old = {"arch": "gla", "device": "cpu", "flops_per_step": 1e6, "tokens_per_step": 128}
+    write_json(path, {"points": [old | {"seconds_per_step": 1.0, "overhead": 0.0}]})
+    assert Calibration.read(path).points == []
+    note = capsys.readouterr().err
+    assert note.startswith(f"note: calibration = {str(path)!r}: 1 points of an older format") and note.count("\n") == 1
 
 
 def test_calibration_measures_through_the_trainer_and_survives_a_file(sweep_file, tmp_path):
@@ -289,6 +322,45 @@ def test_plan_prints_every_cell_and_totals(sweep_file, capsys, tmp_path):
     assert all(any(c.run_id in line and "missing" in line for line in lines) for c in cells)
     assert lines[-1].startswith(f"{len(cells)} cells") and "0 done" in lines[-1]
     assert not (tmp_path / "none").exists()
+
+
+def test_columns_of_a_mixture_are_named_after_the_active_parameters(sweep_file, capsys):
+    path = sweep_file("def get_sweep(): return [{'model.pattern': ('attention/moe',)}]")
+    (cell,) = make_plan(path).cells
+    assert cell.params["active"] < cell.params["total"] / 1.5
+    assert planning.main(["--config", path]) == 0
+    header, line = [text.split("  ") for text in capsys.readouterr().out.splitlines()[:2]]
+    shown = dict(zip(filter(None, header), filter(None, line), strict=True))
+    shown = {key.strip(): value.strip() for key, value in shown.items()}
+    assert shown["active"] == f"{cell.params['active']:,}"
+    assert shown["tok/active"] == f"{cell.tokens / cell.params['active']:.1f}"
+    assert not {"params", "tok/param"} & shown.keys()
+
+
+@pytest.mark.parametrize(
+    "body, where",
+    [
+        (LADDER_FILE.replace("(2, 24)", "(2, 22)"), r"\(in cell gla C=6.25e\+09 model.n_layers=2 model.d_model=22\)"),
+        ("def get_sweep(): return [{'model.d_model': d} for d in (16, 18)]", r"\(in cell d_model=18\)"),
+    ],
+)
+def test_errors_of_a_shape_name_the_cell(sweep_file, body, where):
+    with pytest.raises(ConfigError, match=where):
+        make_plan(sweep_file(body))
+
+
+def test_overrides_that_no_cell_uses_are_one_warning_each(sweep_file, capsys):
+    path = sweep_file("def get_sweep(): return [{'model.pattern': (m,)} for m in ('attention', 'gla')]")
+    words = [f"--config.model.mixers.{name}.n_heads=2" for name in ("attention", "gla", "mamba2")]
+    note = "warning: config.model.mixers.{0}.n_heads = 2: has no effect, no layer of any cell uses '{0}'"
+
+    def warnings(*arguments):
+        assert planning.main(["--config", path, *words, *arguments]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+
+    unused = note.format("mamba2")
+    assert warnings() == [unused] == warnings("--budget", "1e18 flops")
+    assert warnings("--where", "arch == 'gla'") == [note.format("attention"), unused]
 
 
 RECORDED = """
