@@ -40,7 +40,7 @@ class IsoFlop:
     the active ones, which one token uses, without the input embedding: of a mixture of experts fewer than the N of
     the analysis package, which counts all experts. `lr` and `batch` (tokens) are rules of `sweeps.rules`; the batch is
     rounded to whole sequences. `seeds` is a number of seeds, or {budget: number}. `extra` are overrides for every cell.
-    FLOPs are training FLOPs under `convention` (`efficient_lm.counting`).
+    FLOPs are training FLOPs under `convention` (`efficient_lm.flops`).
     """
 
     archs: dict[str, dict | Cell]
