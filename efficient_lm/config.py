@@ -186,13 +186,20 @@ def load(spec: str, overrides=()) -> Config:
     for key, value in dict(overrides).items():
         set_path(values, key, value)
     config = from_dict(values)
-    for key, value in dict(overrides).items():
-        if not key.startswith(("model.mixers.", "model.ffns.")):
-            continue
-        section, name = key.split(".")[1:3]
-        if name not in getattr(config.model, section):
-            print(f"note: config.{key} = {value}: has no effect, no layer uses {name!r}", file=sys.stderr)
+    for line in without_effect([config], dict(overrides)):
+        print(f"note: {line}", file=sys.stderr)
     return config
+
+
+def without_effect(found: list[Config], overrides: dict) -> list[str]:
+    """A line for each override of settings of a mixer or ffn that no layer of any of the configs `found` uses."""
+    lines = []
+    for key, value in overrides.items():
+        if key.startswith(("model.mixers.", "model.ffns.")):
+            section, name = key.split(".")[1:3]
+            if not any(name in getattr(config.model, section) for config in found):
+                lines.append(f"config.{key} = {value}: has no effect, no layer uses {name!r}")
+    return lines
 
 
 def read_config_file(spec: str, function: str = "get_config"):

@@ -1,5 +1,6 @@
 """What a sweep would run and what it would cost: `python -m sweeps.plan --config configs/sweeps/isoflop.py`."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -147,8 +148,9 @@ def plan_within(spec: str, overrides, budget: Budget, calibration: Calibration, 
     # Tops in half powers of two around the file's own: the cost grows with the top, apart from rounding.
     best, exponent = within(0), 0
     if best:
-        while exponent < 200 and (larger := within(exponent + 1)):
-            best, exponent = larger, exponent + 1
+        with contextlib.suppress(ConfigError):  # no shape is in range at so large a budget
+            while exponent < 200 and (larger := within(exponent + 1)):
+                best, exponent = larger, exponent + 1
     else:
         while exponent > -200 and best is None:
             exponent -= 1
@@ -181,18 +183,6 @@ def choose(plan: Plan, where: str) -> None:
     if not wanted.all():
         plan.dropped.append(f"{(~wanted).sum()} of {len(cells)} cells: not {where}")
     plan.cells = [cell for cell, keep in zip(plan.cells, wanted, strict=True) if keep]
-
-
-def without_effect(cells: list[PlannedCell], overrides: dict) -> list[str]:
-    """A line for each override of settings of a mixer or ffn that no layer of any cell uses (as in `configs.load`)."""
-    models = [cell.config.model for cell in cells]
-    lines = []
-    for key, value in overrides.items():
-        if key.startswith(("model.mixers.", "model.ffns.")):
-            section, name = key.split(".")[1:3]
-            if not any(name in getattr(model, section) for model in models):
-                lines.append(f"config.{key} = {value}: has no effect, no layer of any cell uses {name!r}")
-    return lines
 
 
 def _drop_dearest(plan: Plan, budget: Budget, workers: int) -> Plan:
@@ -306,7 +296,7 @@ def _planned(args, overrides, store: Store | None, workers: int) -> Plan:
         plan = plan_within(args.config, overrides, budget, calibration, workers)
     else:
         plan.predict(calibration)
-    plan.warnings += without_effect(plan.cells, overrides)
+    plan.warnings += configs.without_effect([cell.config for cell in plan.cells], overrides)
     return plan
 
 

@@ -204,6 +204,8 @@ def test_budget_moves_the_ladder_and_is_kept_to(sweep_file):
     same = plan_within(path, {}, spent, rate, workers=1)
     assert [c.run_id for c in same.cells] == [c.run_id for c in asked.cells]
     assert same.dropped == asked.dropped  # the budget changed nothing
+    all_of_it = plan_within(path, {}, parse_budget("1e40 flops"), rate, workers=1)
+    assert all_of_it.cells and max(c.flops for c in all_of_it.cells) > max(c.flops for c in large.cells)
 
 
 def test_budget_drops_the_dearest_group_of_fixed_budgets(sweep_file):
@@ -352,7 +354,7 @@ def test_errors_of_a_shape_name_the_cell(sweep_file, body, where):
 def test_overrides_that_no_cell_uses_are_one_warning_each(sweep_file, capsys):
     path = sweep_file("def get_sweep(): return [{'model.pattern': (m,)} for m in ('attention', 'gla')]")
     words = [f"--config.model.mixers.{name}.n_heads=2" for name in ("attention", "gla", "mamba2")]
-    note = "warning: config.model.mixers.{0}.n_heads = 2: has no effect, no layer of any cell uses '{0}'"
+    note = "warning: config.model.mixers.{0}.n_heads = 2: has no effect, no layer uses '{0}'"
 
     def warnings(*arguments):
         assert planning.main(["--config", path, *words, *arguments]) == 0
