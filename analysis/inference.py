@@ -83,7 +83,7 @@ def parser() -> Parser:
 
 def main(args: argparse.Namespace) -> None:
     cli.check_fit_arguments(args)
-    law, draws = get_law("chinchilla"), None
+    law, draws, runs = get_law("chinchilla"), None, None
     tokens = cli.parse_numbers(args.tokens, "--tokens", zero=True)
     if args.constants is not None:
         if args.constants not in law.constants:
@@ -95,7 +95,8 @@ def main(args: argparse.Namespace) -> None:
         if fit.refused:
             raise ValueError(f"{args.data}: the law cannot be fitted: {fit.refused}")
         values, draws = fit.values, {name: fit.draws[name] for name in fit.values} if fit.draws else None
-        top = 6 * float((table.rows["N"] * table.rows["D"]).max())
+        runs = table.rows
+        top = 6 * float((runs["N"] * runs["D"]).max())
     loss = args.loss or float(law.optimum(values, args.compute or top)["loss"])
     if not loss > values["E"]:
         raise ValueError(f"--loss {loss:g}: must lie above the irreducible loss E = {values['E']:.4g}")
@@ -107,8 +108,18 @@ def main(args: argparse.Namespace) -> None:
         shown = {name: interval(value, drawn.get(name), args.level) for name, value in best.items()}
         print(
             f"{number(later):>14} {count_interval(shown['N']):>28} {count_interval(shown['D']):>28} "
-            f"{number(best['D'] / best['N']):>8}  {with_interval(shown['saving'])}"
+            f"{number(best['D'] / best['N']):>8}  {with_interval(shown['saving'])}{_outside(best, runs)}"
         )
+
+
+def _outside(best: dict, runs) -> str:
+    """Which of N, D and D/N of the model lies beyond those of the runs [rows], None where these are not known."""
+    if runs is None:
+        return ""
+    seen = {"N": runs["N"], "D": runs["D"], "D/N": runs["D"] / runs["N"]}
+    here = best | {"D/N": best["D"] / best["N"]}
+    beyond = [name for name, values in seen.items() if not values.min() <= here[name] <= values.max()]
+    return f"   extrapolated: {', '.join(beyond)} beyond the runs" if beyond else ""
 
 
 if __name__ == "__main__":

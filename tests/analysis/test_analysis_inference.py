@@ -45,6 +45,10 @@ def test_command_line(tmp_path, capsys):
     assert cli.run(inference.main, inference.parser(), argv) == 0
     first, second = capsys.readouterr().out.splitlines()[2:]
     assert first.split()[-3:] != second.split()[-3:] and "[" in second
+    assert "extrapolated" not in first  # the optimum of the dearest run's compute
+    far = ["--data", str(path), "--tokens", "1e18", "--bootstrap", "0"]
+    assert cli.run(inference.main, inference.parser(), far) == 0
+    assert "extrapolated: D, D/N beyond the runs" in capsys.readouterr().out
     base = ["--constants", "besiroglu", "--tokens"]
     for more, message in (
         (["-1"], "--tokens '-1': must be 0 or more"),
