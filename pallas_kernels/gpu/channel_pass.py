@@ -4,14 +4,15 @@ One head and one chunk of 64 tokens, b [64, K] the inclusive in-chunk sum of log
     A_ij = scale sum_c q_ic k_jc e^(b_ic - b_jc), j <= i,   X = scale q * e^b,   Y = k * e^(b_63 - b)   `chunk_weights`
     O    = A V + X S,    S <- diag(e^(b_63)) S + Y^T V                                                  `weighted_pass`
 The gradients run the same pass from the end, dV = A^T dO + Y R, R <- diag(e^(b_63)) R + X^T dO with R = dS, and then
-make dQ, dK and the gate gradients of all chunks in parallel (`chunk_gradients`).
+make dQ, dK and the gate gradients of all chunks in parallel (`chunk_gradients`), by one of two kernels.
 
 Where no channel has decayed by more than 2^-REACH since the chunk's start, one product makes a row of A: q e^b times
 k e^-b, shifted by REACH / 2 to stay inside float32. Elsewhere the decay does not factor out of A, so a chunk that has
 such rows is halved again and again for them. At the level with halves of `size` tokens, token t carries
 Z_t = (q_t if t is in a right half, else k_t) * e^(sum of the log decays between t and the middle of its block), whose
 exponents are <= 0, and the level's scores are the lower left blocks of Z Z^T. The sums are products of a matrix of
-zeros and ones with the decays: no differences. No row sees later decays, nor do they decide how it is made.
+zeros and ones with the decays: no differences. No row sees later decays, nor do they decide how it is made. The code
+for these levels costs registers even where it does not run, so gradients without them have a kernel of their own.
 
 ptxas waits after every product of a kernel ("C7514") where one instruction reads an accumulator too early, and a
 negation of a product is moved to such a place: what is negated here is another factor, or taken from zero.
@@ -113,11 +114,11 @@ def load_decays(ref):
     return jnp.maximum(plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32), MIN_LOG_DECAY)
 
 
-def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
+def chunk_weights(q, k, g, beta=None, *, scale, keep=True, interpret=None):
     """The parts of A, X and Y that one chunk makes alone, all chunks in parallel.
 
     Args: q, k [B, T, H, K] bf16, g [B, T, H, K] natural log decays; T a multiple of 64, K 64 or 128. beta: float32
-      [B, H, N, 64] of a delta rule, or None.
+      [B, H, N, 64] of a delta rule, or None. keep: return T, which only gradients need.
     Returns: dict with a [B, H, N, 64, 64], x and y [B, T, H, K] in bf16, total [B, H, N, K] float32 = log2 decay of
       each chunk. With beta also w = -k * e^b [B, T, H, K] and T, t_low [B, H, N, 64, 64], the two bf16 parts of
       T = (I + diag(beta) strictly lower M)^-1 diag(beta), where M = A for q = k and scale 1; a then holds A T and y
@@ -133,7 +134,7 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
     scratch = {"q": tile((n, CHUNK, BLOCK), dtype), "k": tile((n, CHUNK, BLOCK), dtype),
                "x": tile((n, CHUNK, BLOCK), dtype), "log_decay": tile(SQUARE, jnp.float16), "z": tile(SQUARE, dtype)}
     if erase:
-        outs |= {"w": outs["y"], "t": outs["a"], "t_low": outs["a"]}
+        outs |= {"w": outs["y"]} | ({"t": outs["a"], "t_low": outs["a"]} if keep else {})
         scratch |= {"w": scratch["k"], "t": [tile(SQUARE, dtype)] * 2, "beta": plgpu.SMEM((CHUNK,), jnp.float32)}
 
     def body(*refs):
@@ -160,6 +161,11 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
             q_tile, k_tile = smem["q"].at[b], smem["k"].at[b]
 
             exponent, reads, least = levels.anchored()
+
+            @pl.when(b == 0)
+            def _():
+                plgpu.barrier_wait(loaded)  # only now: the first sums of decays needed no tile
+
             entering = jnp.exp2(-exponent - REACH / 2)
             smem["x"].at[b][...] = (load(q_tile) * entering * scale).astype(dtype)
             if erase:
@@ -192,7 +198,6 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
                 plgpu.copy_smem_to_gmem(smem[name].at[b], gmem[out].at[batch, here, head, mine])
             return scores
 
-        plgpu.barrier_wait(loaded)
         scores = lax.fori_loop(0, n, block, scores)
         a = scores[0] * scale
         if erase:
@@ -206,7 +211,7 @@ def chunk_weights(q, k, g, beta=None, *, scale, interpret=None):
             t, t_low = smem["t"]
             t[...], t_low[...] = two_parts(inverse, dtype)
             plgpu.commit_smem()
-            for name, part in (("t", t), ("t_low", t_low)):
+            for name, part in (("t", t), ("t_low", t_low)) if keep else ():
                 plgpu.copy_smem_to_gmem(part, gmem[name].at[batch, head, chunk])
             a, = products(((a_tile, a_tile, a_low), (t, t_low, t)))
             for b in range(n):
@@ -256,7 +261,7 @@ def weighted_pass(x, y, z, a, total, init, *, reverse, pieces, keep=False, inter
                        reverse=reverse, pieces=pieces, stages=3, interpret=interpret)
 
 
-def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale, interpret=None):
+def chunk_gradients(*arrays, scale, interpret=None):
     """dQ, dK and the gradient of the log decays, all chunks in parallel.
 
     With S the state entering the chunk, R the gradient of the state leaving it, W = scale dO V^T, and for a product of
@@ -269,10 +274,24 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
     for the scores of k with k, and w = -k e^b has the gradient dV S^T: both add to dK and dg likewise.
     A program makes 64 channels of one chunk.
 
-    Args: as `chunk_weights` and `weighted_pass`; do, v, dv [B, T, H, V]; entering, leaving [B, H, N, K, V] bf16.
+    Args: q, k, v, do, g, total, entering, leaving, and in a delta rule dv. As `chunk_weights` and `weighted_pass`; do,
+      v, dv [B, T, H, V]; entering, leaving [B, H, N, K, V] bf16.
     Returns: dict with dq, dk, dg [B, T, H, K], dg in the dtype of g; with dv (then K = V) also held, float32
-      [B, H, K/64, T], parts of the row sums of dV * V.
+      [B, H, T], the row sums of dV * V.
     """
+    def strong(*arrays):
+        made = strong_gradients(*arrays, scale=scale, interpret=interpret)
+        return made | ({"held": jnp.sum(made["held"], axis=2)} if "held" in made else {})
+
+    def moderate(*arrays):
+        return moderate_gradients(*arrays, scale=scale, interpret=interpret)
+
+    total = arrays[5]
+    return lax.cond(jnp.min(total) < 1.0 - REACH, strong, moderate, *arrays)
+
+
+def strong_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale, interpret=None):
+    """`chunk_gradients` whatever the decays, but held [B, H, K/64, T], in parts to be added up."""
     b_size, t_size, heads, k_size = q.shape
     v_size, dtype = v.shape[-1], q.dtype
     chunks, n, n_v = t_size // CHUNK, k_size // BLOCK, v_size // BLOCK
@@ -430,5 +449,143 @@ def chunk_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale,
         body, out_type=tuple(outs.values()), scratch_types=(scratch, plgpu.Barrier(num_arrivals=arrivals)),
         grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256),
+    )(*operands.values())
+    return dict(zip(outs, got, strict=True))
+
+
+def moderate_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale, interpret=None):
+    """`chunk_gradients` where no channel of any chunk decays by more than 2^-REACH: one product makes all scores.
+
+    With c = 2^(-REACH / 2), b shifted by REACH / 2 and Z_q = q e^b, Z_k = -k e^b, Z_w = k e^-b as rounded:
+      dZ_q = c scale dO S^T + W Z_w,   dZ_k = c dV S^T + (dV V^T) Z_w,   dZ_w = W^T Z_q + (dV V^T)^T Z_k
+    with scores between different tokens: one accumulator for each, and one product with it for each gradient.
+    """
+    b_size, t_size, heads, k_size = q.shape
+    v_size, dtype = v.shape[-1], q.dtype
+    chunks, n, n_v = t_size // CHUNK, k_size // BLOCK, v_size // BLOCK
+    erase = dv is not None
+    operands = present(q=q, k=k, v=v, do=do, dv=dv, g=g, total=total, entering=entering, leaving=leaving)
+    outs = {"dq": jax.ShapeDtypeStruct(q.shape, dtype), "dk": jax.ShapeDtypeStruct(k.shape, dtype),
+            "dg": jax.ShapeDtypeStruct(g.shape, g.dtype)}
+    if erase:
+        outs["held"] = jax.ShapeDtypeStruct((b_size, heads, t_size), jnp.float32)
+    values = ("do", "v", "dv")[: 2 + erase]
+    # Lists, since a product's operand cannot be indexed with a Python int. Two of each: they hold other things later.
+    scratch = {name: [tile(SQUARE, dtype)] * 2 for name in (*values, "entering", "leaving")}
+    scratch |= {"q": tile(SQUARE, dtype), "k": tile(SQUARE, dtype), "log_decay": tile(SQUARE, jnp.float16),
+                "carried": plgpu.SMEM((BLOCK,), jnp.float32)}
+    spent = values[-1]  # one of its tiles holds fp16 later
+    scratch[spent] = [plgpu.RefUnion(tile(SQUARE, dtype), tile(SQUARE, jnp.float16)), tile(SQUARE, dtype)]
+
+    def body(*refs):
+        names = (*operands, *outs)
+        gmem = dict(zip(names, refs[: len(names)], strict=True))
+        smem, loaded = refs[len(names):]
+        (before, ones), z_w = smem[spent]
+        smem = smem | {spent: [before, z_w]}
+        column, chunk, batch = lax.axis_index("column"), lax.axis_index("chunk"), lax.axis_index("batch")
+        head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
+        here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
+        for b in range(n_v):
+            cols = pl.ds(b * BLOCK, BLOCK)
+            for name in values:
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, cols], smem[name][b], loaded)
+            for name in ("entering", "leaving"):
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine, cols], smem[name][b], loaded)
+        for name in ("q", "k"):
+            plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, mine], smem[name], loaded)
+
+        # What needs the decays alone, while the tiles arrive.
+        row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=WGMMA)
+        col = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=WGMMA)
+        decays = smem["log_decay"]
+        decays[...] = load_decays(gmem["g"].at[batch, here, head, mine]).astype(decays.dtype)
+        plgpu.commit_smem()
+        total_row = plgpu.load(gmem["total"].at[batch, head, chunk, mine], layout=WGMMA.reduce(1), optimized=False)
+        plgpu.barrier_wait(loaded)
+
+        def put_parts(x, into):
+            """Stores x, in as many parts as tiles are given, each with what the last has left; returns the tiles."""
+            for i, ref in enumerate(into):
+                x = x if i == 0 else x - load(into[i - 1])
+                ref[...] = x.astype(dtype)
+            return tuple(into)
+
+        # The tiles of values and states are spent one after the other and then hold other things, so that two
+        # programs share a processor.
+        tiles = {name: tuple(smem[name][:n_v]) for name in (*values, "entering", "leaving")}
+        turned = {name: tuple(ref.transpose(T_CONTRACT) for ref in refs) for name, refs in tiles.items()}
+        states = zip(tiles["entering"], tiles["leaving"], strict=True)
+        kept = sum(jnp.sum(load(s) * load(r), axis=1) for s, r in states)
+        smem["carried"][...] = kept * jnp.exp2(total_row)
+        dy, = products((tiles["v"], turned["leaving"]))
+
+        w, *more = products(*((tiles[name], turned["v"]) for name in ("do", "dv")[: 1 + erase]))
+        w = w * scale
+        plgpu.commit_smem()  # all have read what is written now, here and below
+        own = jnp.sum(jnp.where(row == col, w, 0.0), axis=1)
+        scores = [put_parts(jnp.where(row > col, w, 0.0), smem["leaving"][: 1 + erase])]
+        if erase:
+            held = jnp.sum(jnp.where(row == col, more[0], 0.0), axis=1)
+
+            @pl.when(part == 0)
+            def _():
+                gmem["held"].at[batch, head, here][...] = held
+
+            scores.append(put_parts(jnp.where(row > col, more[0], 0.0), smem["v"]))
+        dx, *d_erase = products(*((tiles[name], turned["entering"]) for name in ("do", "dv")[: 1 + erase]))
+        plgpu.commit_smem()
+        ones[...] = jnp.where(row > col, 1.0, 0.0).astype(ones.dtype)
+        plgpu.commit_smem()
+        since, until = products((ones, decays), (ones.transpose(T_CONTRACT), decays))
+        dk = dy * jnp.exp2(until * LOG2E)
+        wrote = put_parts(load(smem["k"]) * dk, smem["do"][: 1 + erase])  # cancels, as scores do
+        grown = jnp.exp2((since + load(decays)) * LOG2E + REACH / 2)
+        # What reads (q, and in a delta rule -k) and what writes (k), decayed from the chunk's start and to it.
+        z_q, z_k = smem["entering"]
+        z_q[...] = (load(smem["q"]) * grown).astype(dtype)
+        if erase:
+            z_k[...] = (load(smem["k"]) * (0.0 - grown)).astype(dtype)
+        z_w[...] = (load(smem["k"]) * (1.0 / grown)).astype(dtype)
+        plgpu.commit_smem()
+
+        def through(given, d):
+            """d, of the state that enters, and what the tokens before give through these scores."""
+            d = d * (2.0 ** (-REACH / 2))
+            return add_products((d, given, (z_w,) * len(given)), interpret=interpret)[0]
+
+        if erase:
+            dz = through(scores[1], d_erase[0])
+            dlog = load(z_k) * dz
+            dk = dk + dz * (0.0 - grown)
+        dz = through(scores[0], dx * scale)
+        dlog = load(z_q) * dz + (dlog if erase else 0.0)
+        own = rows(own, SQUARE)
+        dk = dk + own * load(smem["q"])
+        smem["q"][...] = (dz * grown + own * load(smem["k"])).astype(dtype)
+        reads = [(ref, z) for given, z in zip(scores, (z_q, z_k), strict=False) for ref in given]
+        dz, = products((tuple(ref.transpose(T_CONTRACT) for ref, _ in reads), tuple(z for _, z in reads)))
+        dlog = dlog + (0.0 - load(z_w)) * dz
+        smem["k"][...] = (dk + dz * (1.0 / grown)).astype(dtype)
+        plgpu.commit_smem()
+        parts = put_parts(dlog, smem["entering"])  # terms of dlog cancel: 16 bits of them
+        before[...] = jnp.where(row > col, 1.0, 0.0).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem["q"], gmem["dq"].at[batch, here, head, mine])
+        plgpu.copy_smem_to_gmem(smem["k"], gmem["dk"].at[batch, here, head, mine])
+        # With the triangle of ones in registers some rows came out as infinities on the GPU (docs/kernels_gpu.md).
+        after = before.transpose(T_CONTRACT)
+        dg, = products(((after, after, *(before for _ in wrote)), (*parts, *wrote)))
+        dg = dg + dlog + columns(plgpu.load(smem["carried"], layout=WGMMA.reduce(0)), SQUARE)
+        alive = load(decays) > MIN_LOG_DECAY
+        gmem["dg"].at[batch, here, head, mine][...] = jnp.where(alive, dg, 0.0).astype(g.dtype)
+        plgpu.wait_smem_to_gmem(0)
+
+    arrivals = (len(values) + 2) * n_v + 2
+    got = plgpu.kernel(
+        body, out_type=tuple(outs.values()), scratch_types=(scratch, plgpu.Barrier(num_arrivals=arrivals)),
+        grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True,
+                                             reduction_scratch_bytes=256),
     )(*operands.values())
     return dict(zip(outs, got, strict=True))

@@ -34,11 +34,11 @@ def delta_rule(q, k, v, beta, log_decay, *, scale, initial_state=None, segment_i
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _kda(q, k, v, beta, log_decay, init, scale, interpret):
-    return _forward(q, k, v, beta, log_decay, init, scale, interpret)[0]
+    return _forward(q, k, v, beta, log_decay, init, scale, interpret, keep=False)[0]
 
 
-def _forward(q, k, v, beta, log_decay, init, scale, interpret):
-    weights = chunk_weights(q, k, log_decay, by_chunk(beta), scale=scale, interpret=interpret)
+def _forward(q, k, v, beta, log_decay, init, scale, interpret, keep=True):
+    weights = chunk_weights(q, k, log_decay, by_chunk(beta), scale=scale, keep=keep, interpret=interpret)
     out = kda_forward(weights, v, init, output=True, split=value_programs(v), interpret=interpret)
     return (out["o"], out["state"]), weights
 
@@ -57,8 +57,7 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     back = kda_reverse(weights, do, dfinal, split=value_programs(v), interpret=interpret)
     grads = chunk_gradients(q, k, walk["u"], do, log_decay, weights["total"], walk["entering"], back["entering"],
                             back["dv"], scale=scale, interpret=interpret)
-    held = jnp.sum(grads["held"], axis=2).transpose(0, 2, 1)
-    dbeta = held / jnp.maximum(beta * beta, TINY)
+    dbeta = grads["held"].transpose(0, 2, 1) / jnp.maximum(beta * beta, TINY)
     return grads["dq"], grads["dk"], back["dv"], dbeta, grads["dg"], None if init is None else back["state"]
 
 

@@ -1,14 +1,15 @@
 """Hopper kernels of linear attention with a decay per channel: lowered, interpreted on CPU, run on a GPU if any."""
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import reference
+from pallas_kernels.gpu import channel_pass, gates, pieces
 from pallas_kernels.gpu import linear_attention as gpu
-from pallas_kernels.gpu import pieces
 from tests.kernels.gpu_checks import (
     as_written,
     assert_causal_and_repeatable,
@@ -39,11 +40,36 @@ def errors(arrays, do, dstate, **options):
 def test_forward_and_backward_lower_for_hopper(k, v):
     arrays, *cotangents = make(2, 1100, 3, k, v)
     kernels = kernels_lowered(gpu.linear_attention, arrays, tuple(cotangents), scale=1.0)
-    assert kernels >= 7  # two of them for the states that enter the pieces
+    assert kernels >= 8  # two of them for the states that enter the pieces, two kinds of gradients
+
+
+def strong_later(arrays):
+    """The second chunk of the second head decays too much for one product of scores: other kernels' work, one call."""
+    *others, log_decay, state = arrays
+    return *others, log_decay.at[:, 64:128, 1].multiply(400), state
+
+
+def gradients_of_both_kinds(erase, d, interpret=None):
+    """Gradients of one moderate call by the kernel for any decays and by the one for moderate ones, as a model's."""
+    (q, k, v, g, _), do, _ = make(1, 64, 2, d, d)
+    rng = np.random.default_rng(1)
+    entering, leaving = (jnp.asarray(rng.normal(size=(1, 2, 1, d, d)), jnp.bfloat16) for _ in range(2))
+    total = jnp.sum(g.astype(jnp.float32), axis=1)[:, :, None] * gates.LOG2E
+    arrays = (q, k, v, do, g, total, entering, leaving, *((do[:, ::-1],) if erase else ()))
+    kinds = channel_pass.strong_gradients, channel_pass.moderate_gradients
+    got = [jax.jit(functools.partial(kind, scale=0.1, interpret=interpret))(*arrays) for kind in kinds]
+    return [jax.tree.map(lambda x: np.asarray(x, np.float64), {n: made[n] for n in ("dq", "dk", "dg")}) for made in got]
 
 
 @as_written
-@pytest.mark.parametrize("case", ["pieces", "segments", "keys of 256, float32 gates"])
+def test_interpreted_kernels_agree_on_moderate_decays():
+    strong, moderate = gradients_of_both_kinds(True, 64, plgpu.InterpretGPUParams())
+    for name, want in strong.items():
+        assert np.linalg.norm(moderate[name] - want) < 0.003 * np.linalg.norm(want), name
+
+
+@as_written
+@pytest.mark.parametrize("case", ["pieces", "segments", "both kinds of chunks", "keys of 256, float32 gates"])
 def test_interpreted_matches_the_reference_without_races(case, monkeypatch, capsys):
     monkeypatch.setattr(pieces, "MIN_PIECE_CHUNKS", 1)  # several pieces at a tiny T
     interpret = plgpu.InterpretGPUParams(detect_races=True)
@@ -52,6 +78,9 @@ def test_interpreted_matches_the_reference_without_races(case, monkeypatch, caps
     elif case == "segments":
         ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 20, axis=1).reshape(1, 100), jnp.int32)
         got = errors(*make(1, 100, 1, 64, 64, gate=1.0), segment_ids=ids, interpret=interpret)
+    elif case == "both kinds of chunks":
+        arrays, *cotangents = make(1, 100, 2, 64, 64, initial=True)
+        got = errors(strong_later(arrays), *cotangents, interpret=interpret)
     else:
         got = errors(*make(1, 64, 1, 256, 128, gate_dtype=jnp.float32), interpret=interpret)
     assert max(got) < 0.005 and "RACE" not in capsys.readouterr().out, got
@@ -80,6 +109,24 @@ def test_gpu_matches_the_reference(t, k, v):
 def test_gpu_head_size_256(k, v):
     got = errors(*make(2, 300, 2, k, v, initial=True))
     assert max(got) < 0.006, got
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("k, v", [(64, 128), (128, 64), (128, 128)])
+def test_gpu_both_kinds_of_chunks_match_the_reference(k, v):
+    arrays, *cotangents = make(2, 512, 3, k, v, initial=True)
+    got = errors(strong_later(arrays), *cotangents)
+    assert max(got) < 0.006, got
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("erase", [False, True])
+def test_gpu_kernels_agree_on_moderate_decays(erase):
+    strong, moderate = gradients_of_both_kinds(erase, 128)
+    for name, want in strong.items():
+        assert np.linalg.norm(moderate[name] - want) < 0.003 * np.linalg.norm(want), name
 
 
 @on_gpu
