@@ -139,22 +139,25 @@ class LM:
         count = self.repeats if group == "pattern" else 1
         return range(first, first + count * period, period)
 
-    def next_state(self, params, observed):
-        """Parameters with the arrays of role 'state' after a step in which `observed` was added up."""
+    def next_state(self, params, observed, progress):
+        """Parameters with the arrays of role 'state' after a step in which `observed` was added up.
+
+        progress: share of the run's steps that are done, this one included.
+        """
         for group, blocks in observed.items():
             for name, parts in blocks.items():
                 for part, seen in parts.items():
-                    update = self._next_state(self.groups[group][name], part)
+                    update = self._next_state(self.groups[group][name], part, progress)
                     update = jax.vmap(update) if group == "pattern" else update
                     block = params[group][name]
                     block = block | {part: update(block[part], seen)}
                     params = params | {group: params[group] | {name: block}}
         return power_iteration(params) if self.model.parametrization == "sigma" else params
 
-    def _next_state(self, layer, part):
+    def _next_state(self, layer, part, progress):
         mixer, ffn = layer_specs(self.model)[layer]
         registry, cfg = (MIXERS, self.model.mixers[mixer]) if part == "mixer" else (FFNS, self.model.ffns[ffn])
-        return functools.partial(registry[cfg.kind].next_state, cfg)
+        return functools.partial(registry[cfg.kind].next_state, cfg, progress=progress)
 
     def _walk(self, params, x, ctx, visit, state=None, remat="none", groups=None):
         """visit(block, x, ctx, block's state) -> x, out for every block of `groups` (None: all) in turn.

@@ -117,9 +117,9 @@ def split_kernels(function, mesh: Mesh):
     """`function` with the Pallas kernels that it traces split over `mesh`: rows as the batch, heads over tensor."""
 
     @functools.wraps(function)
-    def run(*args):
+    def run(*args, **kwargs):
         with partition.use_mesh(mesh, BATCH, ("tensor",)):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return run
 

@@ -76,10 +76,13 @@ def make_loss(lm: LM, cfg: Config, constrain):
 
 
 def make_train_step(lm: LM, cfg: Config, optimizer, constrain=lambda x: x):
-    """step(state, batch, lr) -> state, metrics; batch arrays are [grad_accum, B / grad_accum, T], lr is a scalar."""
+    """step(state, batch, lr, progress) -> state, metrics; batch arrays are [grad_accum, B / grad_accum, T].
+
+    lr and progress, the share of the run's steps that are done with this one, are scalars.
+    """
     grad = jax.jit(jax.grad(make_loss(lm, cfg, constrain), has_aux=True))
 
-    def step(state, batch, lr):
+    def step(state, batch, lr, progress=0.0):
         params = state["params"]
         used = lm.cast(params)  # here and not in every micro-batch: its gradients need no cast back then either
         weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
@@ -97,7 +100,7 @@ def make_train_step(lm: LM, cfg: Config, optimizer, constrain=lambda x: x):
             (grads, (logged, observed)), _ = jax.lax.scan(add, sums, batch)
         logged |= {"grad_norm": optax.global_norm(grads), "lr": lr}
         updates, opt_state = optimizer.update(grads, state["opt_state"], params, learning_rate=lr)
-        params = lm.next_state(optax.apply_updates(params, updates), observed)
+        params = lm.next_state(optax.apply_updates(params, updates), observed, progress)
         ema = _average(state["ema"], params, state["step"], cfg.train.ema) if cfg.train.ema else {}
         return {"params": params, "opt_state": opt_state, "ema": ema, "step": state["step"] + 1}, logged
 
@@ -111,25 +114,31 @@ def _average(ema, params, step, decay):
 
 
 def repeat(step, calls: int):
-    """run(state, batches, lrs, n): n <= calls steps; batches, lrs and the metrics have a leading axis `calls`.
+    """run(state, batches, scalars, n): n <= calls steps; batches, scalars and metrics have a leading axis `calls`.
 
     The trip count is dynamic: the same program, hence the same bits, serves a call that is cut short.
     """
     step = jax.jit(step)
 
-    def run(state, batches, lrs, n):
-        shapes = jax.eval_shape(step, state, jax.tree.map(lambda x: x[0], batches), lrs[0])[1]
+    def at(i, *trees):
+        return jax.tree.map(lambda x: x[i], trees)
+
+    def run(state, batches, scalars, n):
+        batch, first = at(0, batches, scalars)
+        shapes = jax.eval_shape(step, state, batch, **first)[1]
         logged = jax.tree.map(lambda a: jnp.zeros((calls, *a.shape), a.dtype), shapes)
 
         def body(i, carry):
             state, logged = carry
-            state, one = step(state, jax.tree.map(lambda x: x[i], batches), lrs[i])
+            batch, now = at(i, batches, scalars)
+            state, one = step(state, batch, **now)
             return state, jax.tree.map(lambda all, x: all.at[i].set(x), logged, one)
 
         return jax.lax.fori_loop(0, n, body, (state, logged))
 
-    def run_one(state, batches, lrs, n):
-        return step(state, jax.tree.map(lambda x: x[0], batches), lrs[0])
+    def run_one(state, batches, scalars, n):
+        batch, now = at(0, batches, scalars)
+        return step(state, batch, **now)
 
     return run if calls > 1 else run_one
 
@@ -205,15 +214,15 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     eval_step = jax.jit(sharding.split_kernels(make_eval_step(lm, constrain), mesh), out_shardings=whole)
 
     def load_call(call):
-        """Batches [steps_per_call, grad_accum, rows, T] on the devices and learning rates of a call."""
+        """Batches [steps_per_call, grad_accum, rows, T] on the devices, and the other arguments of a call's steps."""
         first, n = call
         ks = [min(k, first + n - 1) for k in range(first, first + opts.steps_per_call)]
         batches = [fields_used(cfg, data[k]) for k in ks]
         shape = (opts.steps_per_call, opts.grad_accum, -1, opts.seq_len)
         batch = {name: np.stack([b[name] for b in batches]).reshape(shape) for name in batches[0]}
-        lrs = np.asarray([schedule(k) for k in ks], np.float32)
-        lrs = sharding.to_devices({"lrs": lrs}, whole)["lrs"]
-        return call, sharding.to_devices(batch, sharding.batch_sharding(mesh, leading=2)), lrs
+        scalars = {"lr": [schedule(k) for k in ks], "progress": [(k + 1) / steps for k in ks]}
+        scalars = sharding.to_devices({name: np.asarray(s, np.float32) for name, s in scalars.items()}, whole)
+        return call, sharding.to_devices(batch, sharding.batch_sharding(mesh, leading=2)), scalars
 
     def evaluate():
         """Validation loss in nats per token and accuracy, every token of the split with the same weight."""
@@ -259,8 +268,8 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     try:
         if cfg.probes.names and start == 0:
             recorder.write("probe", 0, probe(state["params"]))
-        for (first, n), batch, lrs in prefetch(load_call, plan_calls(start, cfg)):
-            state, logged = train_call(state, batch, lrs, n)
+        for (first, n), batch, scalars in prefetch(load_call, plan_calls(start, cfg)):
+            state, logged = train_call(state, batch, scalars, n)
             step = first + n
             recorder.add(step, n, logged)
             stopping = step < steps and should_stop(step)

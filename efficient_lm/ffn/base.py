@@ -32,10 +32,11 @@ class FFN(nnx.Module):
         raise NotImplementedError
 
     @staticmethod
-    def next_state(cfg, params, observed):
+    def next_state(cfg, params, observed, progress):
         """This part's parameters after a step, with new values for those of role 'state'.
 
-        Only called when __call__ put "observed" into aux: a dict of arrays that add up over micro-batches.
+        Only called when __call__ put "observed" into aux: a dict of arrays that add up over micro-batches. `progress`
+        is the share of the run's steps that are done, this one included.
         """
         raise NotImplementedError
 

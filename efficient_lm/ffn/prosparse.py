@@ -45,7 +45,7 @@ class ProSparse(Dense):
         return self.down(hidden), aux
 
     @staticmethod
-    def next_state(cfg, params, observed):
+    def next_state(cfg, params, observed, progress):
         return params | {"l1_step": params["l1_step"] + 1.0}
 
     @classmethod

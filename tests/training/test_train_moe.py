@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_lm import checkpoint, sharding
+from efficient_lm.ffn import FFNS
 from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer
 from efficient_lm.train import make_train_step
@@ -76,6 +77,16 @@ def test_bias_and_temperature_move_by_their_rules_only(small, batch):
     assert np.abs(history[-1]["router"] - history[0]["router"]).max() > 0
 
 
+def test_bias_stays_as_it_is_at_the_end_of_a_run(small):
+    cfg = small(**MOE).model.ffns["moe"]
+    assert cfg.bias_freeze == 0.034
+    before = {"bias": jnp.zeros(4), "temperature": jnp.array(2.0)}
+    load = {"load": jnp.array([1.0, 2.0, 3.0, 6.0])}
+    for progress, moves in ((0.5, True), (0.96, True), (0.97, False), (1.0, False)):
+        after = FFNS["moe"].next_state(cfg, before, load, progress)
+        assert np.any(after["bias"]) == moves and after["temperature"] < 2.0, progress
+
+
 def test_accumulation_sees_the_same_loads(small, batch):
     whole = steps(small(**MOE), batch)
     parts = steps(small(**MOE, **{"train.batch_size": ROWS, "train.grad_accum": 4}), batch)
@@ -98,7 +109,8 @@ def test_a_mesh_gives_the_losses_of_one_device(small, batch, axes):
 
 
 def test_killed_and_resumed_is_bit_equal(small, train_one, tmp_path):
-    cfg = small(**MOE, **{"train.checkpoint_every": 4})
+    settings = MOE | {"model.ffns.moe": MOE["model.ffns.moe"] | {"bias_freeze": 0.4}}
+    cfg = small(**settings, **{"train.checkpoint_every": 4, "train.keep_checkpoints": 0})
     whole = train_one(cfg, tmp_path / "whole")
     train_one(cfg, tmp_path / "cut", should_stop=lambda step: step >= 6)
     cut = train_one(cfg, tmp_path / "cut")
@@ -106,8 +118,10 @@ def test_killed_and_resumed_is_bit_equal(small, train_one, tmp_path):
     assert {"balance_loss", "router_z_loss", "router_max_violation"} <= read_last(tmp_path / "cut").keys()
     end, other = (checkpoint.restore(tmp_path / name / "ckpt", 12)["params"] for name in ("whole", "cut"))
     jax.tree.map(np.testing.assert_array_equal, end, other)
-    # The router's state is in the checkpoint, moved by all steps of both processes.
+    # The router's state is in the checkpoint, moved by all steps of both processes; the bias by the first 60 %.
     router = moe_of(end)
+    biases = {step: moe_of(checkpoint.restore(tmp_path / "cut" / "ckpt", step)["params"])["bias"] for step in (4, 8)}
+    assert np.any(biases[4] != router["bias"]) and np.all(biases[8] == router["bias"])
     assert np.any(router["bias"]) and np.ptp(router["load"]) > 0
     np.testing.assert_allclose(router["temperature"], 2.0 * 0.999**12, rtol=1e-5)
 
