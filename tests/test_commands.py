@@ -61,6 +61,7 @@ COMMANDS = {
     "pallas_kernels.bench": ([], ["--seconds", "0", "--seconds 0.0: must be positive"]),
     "pallas_kernels.gpu.bench_gpu": (["--out", "x.json"], ["--jobs", "0", "--jobs 0: must be at least 1"]),
     "pallas_kernels.gpu.bench_table": ([], ["--rows", "README.md", "README.md: not JSON"]),
+    "pallas_kernels.gpu.run_once": ([], ["--families", "GLA", "--families GLA: allowed are scalar decay per token"]),
     "pallas_kernels.tune": ([], ["--shapes", "1,2", "--shapes (1, 2): three positive numbers B,T,D"]),
     "sweeps.demo": ([], ["--workers", "0", "--workers 0: must be at least 1"]),
     "sweeps.launch": ([*ISOFLOP, *NO_STORE], ["--budget", "soon", "budget = 'soon': allowed: a number and a unit"]),

@@ -1,4 +1,5 @@
 """The benchmarks' command lines, tables and processes."""
+import importlib
 import json
 import os
 import time
@@ -8,7 +9,7 @@ import pytest
 
 from pallas_kernels.bench.__main__ import main
 from pallas_kernels.bench.turns import compile_all, run_all
-from pallas_kernels.gpu import bench_cases, bench_gpu, bench_table
+from pallas_kernels.gpu import bench_cases, bench_gpu, bench_table, run_once
 
 
 def test_table_of_two_operators(tmp_path, capsys):
@@ -141,3 +142,15 @@ def test_bad_peers_give_one_line(row, message, tmp_path, capsys):
 def test_bad_gpu_flags_give_one_line(flags, message, capsys):
     assert bench_gpu.main(["--out", "unused.json", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", run_once.OWN)
+def test_run_once_has_shapes_that_the_kernels_take(name):
+    family = run_once.OWN[name]
+    supports = importlib.import_module(f"pallas_kernels.gpu.{family.op}").supports
+    for shape in run_once.shapes(family):
+        arrays = jax.eval_shape(lambda shape=shape: bench_cases.make_inputs(family, shape, jax.random.key(0)))
+        given = arrays | ({"rhs": (arrays["rhs"],)} if "rhs" in arrays else {})
+        assert supports(**given, **family.options) is None
+        outputs = jax.eval_shape(run_once.program(family, "xla", shape), jax.random.key(0))
+        assert set(outputs) == {"o", *arrays} - {"group_sizes"}
