@@ -36,7 +36,7 @@ class Block(nnx.Module):
         self.ffn_out_norm = norm() if self.inner_norms and self.ffn is not None else None
 
     def __call__(self, x, ctx):
-        """x, ctx -> x, aux; aux["observed"] = {"mixer" or "ffn": what `next_state` of that part needs}."""
+        """x, ctx -> x, aux; aux["observed"] = {"mixer" or "ffn": what that part wants to see of a step}."""
         y, aux = self.mixer(self._normed(self.mixer_norm, x), ctx)
         x, more = self._ffn(self._add(x, y, self.mixer_out_norm), ctx)
         observed = {"mixer": aux.pop("observed", {}), "ffn": more.pop("observed", {})}

@@ -103,7 +103,7 @@ class LM:
         """tokens [B, T] -> logits [B, T, vocab_size] float32, aux {name: scalar, mean over layers}.
 
         Names that end in _profile hold [layers, n] instead. aux["observed"], where there is one, is what `next_state`
-        needs; it adds up over micro-batches.
+        and `statistics` need; it adds up over micro-batches.
         segment_ids [B, T]: tokens with different ids don't see each other (0 = padding); positions [B, T] default
         to 0..T-1. `constrain` is applied to the residual stream (a sharding constraint).
         """
@@ -147,17 +147,31 @@ class LM:
         for group, blocks in observed.items():
             for name, parts in blocks.items():
                 for part, seen in parts.items():
-                    update = self._next_state(self.groups[group][name], part, progress)
+                    kind, cfg = self._kind(group, name, part)
+                    update = functools.partial(kind.next_state, cfg, progress=progress)
                     update = jax.vmap(update) if group == "pattern" else update
                     block = params[group][name]
                     block = block | {part: update(block[part], seen)}
                     params = params | {group: params[group] | {name: block}}
         return power_iteration(params) if self.model.parametrization == "sigma" else params
 
-    def _next_state(self, layer, part, progress):
-        mixer, ffn = layer_specs(self.model)[layer]
+    def statistics(self, observed):
+        """What to log of a step's `observed`: {name: scalar, mean over layers}, or [layers, n] as in `__call__`."""
+        outs = {}
+        for group, blocks in observed.items():
+            for name, parts in blocks.items():
+                for part, seen in parts.items():
+                    kind, cfg = self._kind(group, name, part)
+                    found = functools.partial(kind.statistics, cfg)
+                    found = (jax.vmap(found) if group == "pattern" else found)(seen)
+                    outs.setdefault(group, {}).setdefault(name, {}).update(found)
+        return _mean_over_layers(outs, self.layers)
+
+    def _kind(self, group, name, part):
+        """The class and the settings of the "mixer" or "ffn" of a block."""
+        mixer, ffn = layer_specs(self.model)[self.groups[group][name]]
         registry, cfg = (MIXERS, self.model.mixers[mixer]) if part == "mixer" else (FFNS, self.model.ffns[ffn])
-        return functools.partial(registry[cfg.kind].next_state, cfg, progress=progress)
+        return registry[cfg.kind], cfg
 
     def _walk(self, params, x, ctx, visit, state=None, remat="none", groups=None):
         """visit(block, x, ctx, block's state) -> x, out for every block of `groups` (None: all) in turn.

@@ -52,7 +52,7 @@ def make_loss(lm: LM, cfg: Config, constrain):
     """loss(params, batch [B, T], weight): this batch's share of the objective, (what to log, what the model observed).
 
     `weight` is the sum of loss_mask over the whole step, so that adding up micro-batches gives the mean over all
-    tokens of the step, however they are divided. What was observed (LM.next_state) adds up as it is.
+    tokens of the step, however they are divided. What was observed (LM.statistics, LM.next_state) adds up as it is.
     """
     z_loss = cfg.train.z_loss
 
@@ -98,7 +98,7 @@ def make_train_step(lm: LM, cfg: Config, optimizer, constrain=lambda x: x):
                 return jax.tree.map(jnp.add, sums, grad(used, micro_batch, weight)), None
 
             (grads, (logged, observed)), _ = jax.lax.scan(add, sums, batch)
-        logged |= {"grad_norm": optax.global_norm(grads), "lr": lr}
+        logged |= lm.statistics(observed) | {"grad_norm": optax.global_norm(grads), "lr": lr}
         updates, opt_state = optimizer.update(grads, state["opt_state"], params, learning_rate=lr)
         params = lm.next_state(optax.apply_updates(params, updates), observed, progress)
         ema = _average(state["ema"], params, state["step"], cfg.train.ema) if cfg.train.ema else {}

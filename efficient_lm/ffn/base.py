@@ -40,6 +40,11 @@ class FFN(nnx.Module):
         """
         raise NotImplementedError
 
+    @staticmethod
+    def statistics(cfg, observed) -> dict:
+        """What to log of "observed", added up over the whole step: {name: scalar, or [n] for a name in _profile}."""
+        return {}
+
     @classmethod
     def check(cls, cfg, model, path: str) -> None:
         """Raise ConfigError where `cfg` can't be used in `model`."""

@@ -167,7 +167,7 @@ class MoE(FFN):
         ids = None if ctx is None else ctx.segment_ids
         real = jnp.ones(len(tokens)) if ids is None else (ids.reshape(-1) > 0).astype(jnp.float32)
         load = jax.lax.stop_gradient(routing.loads(routed, real))
-        aux = routing.statistics(logits, routed, real, load)
+        aux = routing.statistics(logits, routed, real) | {"observed": {"load": load}}
         information = routing.document_information(jax.lax.stop_gradient(routed), real, rows, ids)
         aux["router_document_information"] = information
         if cfg.capacity_factor or cfg.parallel == "expert":
@@ -180,8 +180,6 @@ class MoE(FFN):
             aux["balance_loss"] = cfg.balance * balance
         if cfg.z_loss:
             aux["router_z_loss"] = cfg.z_loss * routing.z_loss(logits, real)
-        if self.bias is not None or self.load is not None or self.temperature is not None:
-            aux["observed"] = {"load": load}
         return y, aux
 
     def _experts(self, x, routed, rows):
@@ -209,6 +207,10 @@ class MoE(FFN):
         if "temperature" in params:
             params["temperature"] = jnp.maximum(1.0, params["temperature"] * cfg.temperature_decay)
         return params
+
+    @staticmethod
+    def statistics(cfg, observed):
+        return routing.load_statistics(observed["load"])
 
     @classmethod
     def check(cls, cfg, model, path):

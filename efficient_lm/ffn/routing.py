@@ -150,17 +150,23 @@ def document_information(routing: Routing, real, rows: int, documents=None):
     return (jnp.sum(counts * jnp.log(ratio)) - chance) / jnp.maximum(total, 1.0)
 
 
-def statistics(logits, routing: Routing, real, load) -> dict:
-    """Scalars for the log: max_violation (largest load / mean load - 1), entropy of the router in nats, dead experts
-    (share without a token) and the root mean square of the logits; and router_load_profile [E], loads / their mean."""
+def statistics(logits, routing: Routing, real) -> dict:
+    """Scalars for the log: entropy of the router in nats, root mean square of the logits."""
     entropy = -jnp.sum(jax.scipy.special.xlogy(routing.probabilities, routing.probabilities), axis=-1)
+    return {
+        "router_entropy": masked_mean(entropy, real),
+        "router_logit_rms": jnp.sqrt(masked_mean(jnp.mean(jnp.square(logits), axis=-1), real)),
+    }
+
+
+def load_statistics(load) -> dict:
+    """For the log, of the loads [E] of a whole step: router_load_profile [E], loads / their mean; max_violation, its
+    largest - 1 (2408.15664); dead experts, the share without a token."""
     relative = load / jnp.maximum(jnp.mean(load), 1e-9)
     return {
         "router_load_profile": relative,
         "router_max_violation": jnp.max(relative) - 1.0,
-        "router_entropy": masked_mean(entropy, real),
         "router_dead_experts": jnp.mean(load == 0),
-        "router_logit_rms": jnp.sqrt(masked_mean(jnp.mean(jnp.square(logits), axis=-1), real)),
     }
 
 

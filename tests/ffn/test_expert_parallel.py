@@ -92,7 +92,7 @@ def test_one_device_may_get_every_token(inputs, settings, fsdp):
     params, x = forced(params, x, [0, 1, 2])
     many = on_mesh(layer(**settings), params, x, cotangent, fsdp)
     (grads, _), (_, aux) = many
-    np.testing.assert_allclose(aux["router_load_profile"], 8 / 3 * (np.arange(8) < 3), rtol=1e-6)
+    np.testing.assert_array_equal(aux["observed"]["load"], B * T * (np.arange(8) < 3))
     assert settings["parallel"] == "data" or float(aux["router_dropped"]) == 0.0
     assert not np.any(grads["experts"]["down"]["kernel"][3:])
     assert_equal(many, on_one(layer(**settings), params, x, cotangent))

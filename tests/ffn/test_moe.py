@@ -129,7 +129,8 @@ def test_loads_come_in_the_order_of_the_layers():
     lm = LM(model)
     _, aux = jax.jit(lm)(jax.jit(lm.init)(jax.random.key(0)), jnp.arange(B * T).reshape(B, T))
     # Loads over their mean add up to the number of experts.
-    np.testing.assert_allclose(jnp.sum(aux["router_load_profile"], axis=-1), [3, 4, 6, 4, 6, 4], rtol=1e-5)
+    profile = lm.statistics(aux["observed"])["router_load_profile"]
+    np.testing.assert_allclose(jnp.sum(profile, axis=-1), [3, 4, 6, 4, 6, 4], rtol=1e-5)
 
 
 def test_the_router_is_float32_whatever_the_inputs():
@@ -139,7 +140,8 @@ def test_the_router_is_float32_whatever_the_inputs():
     y, aux = apply(params, x)
     _, exact = apply(params, x.astype(jnp.float32))
     assert y.dtype == jnp.bfloat16
-    for name in ("router_load_profile", "router_z_loss", "balance_loss", "router_logit_rms"):
+    np.testing.assert_array_equal(aux["observed"]["load"], exact["observed"]["load"])
+    for name in ("router_entropy", "router_z_loss", "balance_loss", "router_logit_rms"):
         assert aux[name].dtype == jnp.float32
         np.testing.assert_allclose(aux[name], exact[name], rtol=1e-6)
 

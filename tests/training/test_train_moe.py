@@ -95,6 +95,11 @@ def test_accumulation_sees_the_same_loads(small, batch):
         np.testing.assert_allclose(moe_of(a)["bias"], moe_of(b)["bias"], atol=1e-7)
         for name in ("loss", "balance_loss", "router_z_loss", "grad_norm", "router_entropy"):
             assert logged_a[name] == pytest.approx(logged_b[name], rel=1e-5), name
+        # Of the loads of the whole step, not the mean over micro-batches.
+        relative = moe_of(b)["load"] / moe_of(b)["load"].mean(-1, keepdims=True)
+        np.testing.assert_allclose(logged_b["router_load_profile"], relative, rtol=1e-6)
+        assert logged_b["router_max_violation"] == pytest.approx(np.mean(relative.max(-1) - 1), rel=1e-5)
+        assert logged_b["router_dead_experts"] == np.mean(relative == 0)
 
 
 @pytest.mark.parametrize("axes", [(8, 1), (2, 2)], ids=["fsdp", "fsdp and tensor"])
