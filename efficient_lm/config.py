@@ -180,7 +180,7 @@ def from_dict(values) -> Config:
 def load(spec: str, overrides=()) -> Config:
     """Config from 'path.py[:arg]' and overrides, a mapping or pairs {'model.d_model': 128}. Raises ConfigError.
 
-    Overrides without effect, settings of a mixer or ffn that no layer uses, are named on standard error.
+    Settings `without_effect` are named on standard error.
     """
     values = read_config_file(spec).to_dict()
     for key, value in dict(overrides).items():
@@ -192,13 +192,24 @@ def load(spec: str, overrides=()) -> Config:
 
 
 def without_effect(found: list[Config], overrides: dict) -> list[str]:
-    """A line for each override of settings of a mixer or ffn that no layer of any of the configs `found` uses."""
+    """A line for each setting that does nothing in any of the configs `found`.
+
+    Overrides for a mixer or ffn that no layer uses; experts to be split over the devices of a mesh axis with one.
+    """
     lines = []
     for key, value in overrides.items():
         if key.startswith(("model.mixers.", "model.ffns.")):
             section, name = key.split(".")[1:3]
             if not any(name in getattr(config.model, section) for config in found):
                 lines.append(f"config.{key} = {value}: has no effect, no layer uses {name!r}")
+    split = {}  # ffn -> devices in each config
+    for config in found:
+        for name, ffn in config.model.ffns.items():
+            if getattr(ffn, "parallel", "data") == "expert":
+                split.setdefault(name, set()).add(config.mesh.fsdp)
+    for name, devices in split.items():
+        if devices == {1}:
+            lines.append(f"config.model.ffns.{name}.parallel = 'expert': has no effect with config.mesh.fsdp = 1")
     return lines
 
 

@@ -119,6 +119,15 @@ def test_overrides_without_effect_are_named(capsys):
     assert noted == ["note: config.model.mixers.gla.n_heads = 2: has no effect, no layer uses 'gla'"]
 
 
+def test_experts_split_over_one_device_are_named(capsys):
+    expert = {"model.ffns.moe.parallel": "expert"}
+    load("configs/moe.py:tiny", expert | {"mesh.fsdp": 2})
+    assert not capsys.readouterr().err
+    load("configs/moe.py:tiny", expert)
+    note = "note: config.model.ffns.moe.parallel = 'expert': has no effect with config.mesh.fsdp = 1"
+    assert capsys.readouterr().err.splitlines() == [note]
+
+
 def test_run_id_depends_on_what_is_computed_only():
     config = from_dict({})
     for path, value in {
