@@ -98,7 +98,8 @@ def load_runs(store, *, n: str = "nonemb_head", c: str = "model_causal") -> pd.D
     """Every run of a store `runs/NAME/*/run.json` as one row, whatever its status, in the order of the sweep's plan.
 
     Columns: run_id, name, status, reason, N, D, C, loss, bpb, seed, wall_seconds, `N_*` and `C_*` under the other
-    accountings, `data` (what was trained on, to notice losses that cannot be compared) and one per sweep axis.
+    accountings, `data` and `tokens_hash` (what was trained on, to notice losses that cannot be compared; of runs that
+    did not record it the hash is empty) and one per sweep axis.
     Planned cells that were never started (from `sweep.json`) have the status `planned`.
 
     Args:
@@ -179,6 +180,7 @@ def _run_row(path: Path) -> dict | None:
         "seed": run.get("seed"),
         "wall_seconds": run.get("wall_seconds"),
         "data": " ".join(spec),
+        "tokens_hash": (data.get("sha256") or {}).get("tokens.bin", "")[:12] or None,
     }
     if params.get("non_embedding") is not None:
         row["N_nonemb_head"] = params["non_embedding"] + (params.get("head") or 0)
@@ -352,12 +354,15 @@ def load_table(
 
 
 def check_comparable(table: Table) -> None:
-    """Raises DataError where the runs used different data or tokenizers: their nats per token cannot be compared."""
-    if "data" in table.rows and table.rows["data"].nunique() > 1:
-        kinds = ", ".join(repr(kind) for kind in table.rows["data"].unique()[:3])
-        raise DataError(
-            f"column 'data' is mixed ({kinds}): losses are not comparable; choose one with --where \"data == ...\""
-        )
+    """Raises DataError where the runs used different data or tokenizers: their nats per token cannot be compared.
+
+    `tokens_hash` tells data of one name apart; a row without it goes with any.
+    """
+    for column in ("data", "tokens_hash"):
+        if column in table.rows and table.rows[column].nunique() > 1:
+            kinds = ", ".join(repr(kind) for kind in table.rows[column].dropna().unique()[:3])
+            choose = f'choose one with --where "{column} == ..."'
+            raise DataError(f"column {column!r} is mixed ({kinds}): losses are not comparable; {choose}")
 
 
 def _exclude_unusable_runs(table: Table) -> None:

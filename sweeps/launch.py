@@ -75,7 +75,7 @@ def save_plan(planned: plan.Plan, store: Store) -> None:
 
 
 def summary(cells, store: Store, ran: int, seconds: float) -> str:
-    """States of all cells in one line, one for each that failed or diverged, one where their sources differ."""
+    """States of all cells in one line; one for each that failed or diverged; one where sources or tokens differ."""
     by_state = {}
     for cell in cells:
         by_state.setdefault(store.state(cell.run_id), []).append(cell)
@@ -86,11 +86,23 @@ def summary(cells, store: Store, ran: int, seconds: float) -> str:
             lines.append(f"{state}: {cell.label} ({cell.run_id}): {store.run(cell.run_id).get('reason')}")
     if "failed" in by_state:
         lines.append("failed cells run again with --resume")
-    versions = Counter(store.run(cell.run_id).get("code_hash") for cell in by_state.get("done", []))
+    versions, texts = Counter(), {}
+    for cell in by_state.get("done", []):
+        run, data = store.run(cell.run_id), cell.config.data
+        versions[run.get("code_hash")] += 1
+        tokens = ((run.get("data") or {}).get("sha256") or {}).get("tokens.bin")
+        if tokens:
+            texts.setdefault(data.path or data.source, Counter())[tokens[:12]] += 1
     if len(versions) > 1 or any("+" in str(version) for version in versions):
-        found = ", ".join(f"{count} by {version}" for version, count in versions.most_common())
-        lines.append(f"note: cells were trained by different versions of the sources (code_hash): {found}")
+        lines.append(f"note: cells were trained by different versions of the sources (code_hash): {_counts(versions)}")
+    for name, found in texts.items():
+        if len(found) > 1:
+            lines.append(f"note: cells were trained on different tokens of {name!r} (tokens_hash): {_counts(found)}")
     return "\n".join(lines)
+
+
+def _counts(found: Counter) -> str:
+    return ", ".join(f"{count} by {name}" for name, count in found.most_common())
 
 
 def exit_code(cells, store: Store, stopped: bool) -> int:

@@ -24,7 +24,9 @@ def optimum(arch, C, factor=6.0):
     return G * (C / factor) ** (p["beta"] / (p["alpha"] + p["beta"]))
 
 
-def write_run(store, run_id, *, arch, N, D, loss, budget, status="done", reason=None, seed=0, curve=12, data="bytes"):
+def write_run(
+    store, run_id, *, arch, N, D, loss, budget, status="done", reason=None, seed=0, curve=12, data="bytes", sha256=None
+):  # fmt: skip
     """One run directory in the format of the trainer; `loss` None for a run without a final loss."""
     path = store / run_id
     path.mkdir(parents=True)
@@ -38,7 +40,7 @@ def write_run(store, run_id, *, arch, N, D, loss, budget, status="done", reason=
                    "active": int(N), "head": head},
         "flops_per_token": per_token, "flops": {key: value * D for key, value in per_token.items()},
         "final_loss": loss, "final_bpb": None if loss is None else loss / np.log(2), "wall_seconds": 20.0,
-        "data": {"name": "corpus", "tokenizer": data, "vocab_size": 256},
+        "data": {"name": "corpus", "tokenizer": data, "vocab_size": 256, "sha256": sha256},
     }  # fmt: skip
     (path / "config.json").write_text("{}")
     (path / "run.json").write_text(json.dumps(run))

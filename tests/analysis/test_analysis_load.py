@@ -149,6 +149,17 @@ def test_runs_on_different_data_are_not_compared(tmp_path):
     check_comparable(load_table(tmp_path, where="data == 'corpus bytes 256'"))
 
 
+def test_runs_on_other_tokens_of_the_same_name_are_not_compared(tmp_path):
+    common = dict(arch="gla", N=1e4, D=1e6, loss=2.0, budget=1e11)
+    synthetic_store.write_run(tmp_path, "unknown", **common)  # by sources that did not record it
+    synthetic_store.write_run(tmp_path, "a", sha256={"tokens.bin": "a" * 64}, **common)
+    check_comparable(load_table(tmp_path))
+    synthetic_store.write_run(tmp_path, "b", sha256={"tokens.bin": "b" * 64}, **common)
+    with pytest.raises(DataError, match="column 'tokens_hash' is mixed .*'aaaaaaaaaaaa', 'bbbbbbbbbbbb'"):
+        check_comparable(load_table(tmp_path))
+    check_comparable(load_table(tmp_path, where="tokens_hash != 'bbbbbbbbbbbb'"))
+
+
 def test_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     GOOD.to_parquet(tmp_path / "t.parquet")

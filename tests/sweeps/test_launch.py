@@ -110,6 +110,16 @@ def test_cells_of_different_sources_are_pointed_out(make_sweep, tmp_path, capsys
     assert "versions" not in launch.summary(plan.cells[:1], store, 0, 0.0)
 
 
+def test_cells_of_different_tokens_are_pointed_out(make_sweep, tmp_path):
+    plan, store = make_sweep("ok", "ok", "ok"), Store(tmp_path / "store")
+    for cell, text in zip(plan.cells, ("a", "b", None), strict=True):
+        data = {"name": "mine", "sha256": {"tokens.bin": 64 * text}} if text else {"name": "mine"}
+        store.end(cell.run_id, "done", None, code_hash="x", data=data)
+    note = "note: cells were trained on different tokens of 'sotu' (tokens_hash): 1 by aaaaaaaaaaaa, 1 by bbbbbbbbbbbb"
+    assert launch.summary(plan.cells, store, 0, 0.0).splitlines()[1:] == [note]
+    assert "tokens" not in launch.summary(plan.cells[1:], store, 0, 0.0)
+
+
 def test_diverged_cells_alone_have_their_own_exit_code(make_sweep, tmp_path):
     plan, store = make_sweep("diverges", "ok"), Store(tmp_path / "store")
     store.end(plan.cells[0].run_id, "diverged", "loss is nan")
