@@ -42,6 +42,7 @@ COMMANDS = {
     "analysis.sensitivity": (NO_DATA, ["--law", "x", "law 'x' is unknown"]),
     "analysis.sparsity": (["--rows", "no.jsonl"], ["--at", "best", "argument --at: invalid choice: 'best'"]),
     "efficient_lm.data.prepare": (["no_text", "--out", "no_folder"], ["--tokenizer", "bpe:2", "tokenizer = 'bpe:2'"]),
+    "efficient_lm.bench": (["--configs", "configs/dense.py:tiny"], ["--jobs", "0", "--jobs 0: must be at least 1"]),
     "efficient_lm.evals": (["--run", "no_run"], ["--lengths", "long", "--lengths long: must be a whole number"]),
     "efficient_lm.ffn.bench": (DENSE, ["--rows", "0", "--rows 0: must be at least 1"]),
     "efficient_lm.generate": (

@@ -14,18 +14,15 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from efficient_lm import config as configs
 from efficient_lm import hardware
-from efficient_lm.counting import count_flops, count_params
+from efficient_lm.bench import training
 from efficient_lm.ffn import FFNS, dispatch, routing
 from efficient_lm.ffn.moe import Bank, MoEConfig
 from efficient_lm.layers import Context, Maker
-from efficient_lm.model import LM, Part
-from efficient_lm.optim import make_optimizer
+from efficient_lm.model import Part
 from efficient_lm.schema import ConfigError, to_dict
-from efficient_lm.train import make_init, make_train_step
 from pallas_kernels import api
 from pallas_kernels.bench.timing import seconds
 from pallas_kernels.commands import Parser, command
@@ -51,32 +48,6 @@ def dense_twin(cfg):
         **{"d_ff": moe.activated_width(model.d_model)},
     }
     return configs.from_dict(values)
-
-
-def training(cfg, rows: int) -> dict:
-    """Tokens per second, time and model FLOP/s of training steps."""
-    lm = LM(cfg.model)
-    optimizer = make_optimizer(lm, cfg.optim)
-    state = jax.jit(make_init(lm, cfg, optimizer))(jax.random.key(0))
-    step = jax.jit(make_train_step(lm, cfg, optimizer), donate_argnums=0)
-    shape = (cfg.train.grad_accum, rows, cfg.train.seq_len)
-    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, shape, np.int32)
-    batch = jax.device_put({"inputs": tokens, "targets": tokens, "loss_mask": np.ones(shape, np.float32)})
-
-    def call():
-        nonlocal state
-        state, logged = step(state, batch, 1e-4)
-        return logged
-
-    spent = seconds(call, limit=3.0)
-    rate, params = tokens.size / spent, count_params(cfg)
-    flops = count_flops(cfg)["model_causal"] * rate
-    peak = hardware.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
-    return {
-        **{"ms": 1e3 * spent, "tokens": tokens.size, "tokens_per_s": rate},
-        **{"tflops": flops / 1e12, "mfu": peak and flops / peak},
-        **{"total_params": params["total"], "active_params": params["active"]},
-    }
 
 
 def both_ways(function, *args) -> dict:
@@ -185,12 +156,12 @@ def measure(cfg, rows: int, implementations: list[str]) -> dict:
     name, twin = mixture(cfg), dense_twin(cfg)
     out = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "dtype": cfg.model.dtype, "rows": rows}
     out |= {"seq_len": cfg.train.seq_len, "moe": to_dict(cfg.model.ffns[name]), "n_layers": cfg.model.n_layers}
-    out["dense"] = {"training": _shown("dense training", training(twin, rows))}
+    out["dense"] = {"training": _shown("dense training", training(twin, rows)())}
     for implementation in implementations:
         one, row = configs.replace(cfg, **{f"model.ffns.{name}.implementation": implementation}), {}
         out[implementation] = row
         try:
-            row["training"] = _shown(f"{implementation} training", training(one, rows))
+            row["training"] = _shown(f"{implementation} training", training(one, rows)())
             share = row["training"]["tokens_per_s"] / out["dense"]["training"]["tokens_per_s"]
             row["share of the dense tokens/s"] = _shown(f"{implementation} share of the dense tokens/s", share)
             row["layer"] = _shown(f"{implementation} layer", layer(one, name, rows))
