@@ -13,6 +13,7 @@ written can be fitted: `python -m analysis.fit --law leverage --data el.csv`. Fo
 """
 
 import argparse
+import dataclasses
 import sys
 
 import numpy as np
@@ -23,7 +24,7 @@ from analysis.fit import fit_law
 from analysis.isoflop import best_of_budgets
 from analysis.laws import efficiency_leverage, get_law
 from analysis.laws.power import compute_for
-from analysis.load import DataError, Table, load_table
+from analysis.load import Table, check_comparable, load_table
 from analysis.result import Options, interval
 from analysis.tables import number, with_interval
 from pallas_kernels.commands import Parser
@@ -155,9 +156,7 @@ def main(args: argparse.Namespace) -> None:
         both = " and ".join(f"({text})" for text in (args.where, query) if text)
         options = {**cli.table_options(args), "where": both or None}
         tables.append(load_table(path, required=("C", "loss"), **options))
-    kinds = pd.concat([table.rows.get("data", pd.Series(dtype=object)) for table in tables]).dropna().unique()
-    if len(kinds) > 1:
-        raise DataError(f"column 'data' is mixed ({', '.join(map(repr, kinds[:3]))}): losses are not comparable")
+    check_comparable(dataclasses.replace(tables[0], rows=pd.concat([table.rows for table in tables])))
     options = cli.fit_options(args, holdout=False)
     rows = leverage(*tables, args.law, options=options)
     print(text_table(rows))

@@ -164,3 +164,7 @@ def test_the_command_says_what_it_counts_and_where_the_best_of_several_tries_cou
     assert "C: FLOP; loss: nats per token; no intervals" in printed
     assert "moe.csv: 1 of 4 sizes have several runs, the best of which counts" in printed
     assert "dense.csv" not in printed.partition("note:")[2]
+    rows.iloc[4:].assign(tokens_hash="b").to_csv(tmp_path / "moe.csv", index=False)
+    assert cli.run(main, parser(), files) == 0  # the dense runs do not say on which tokens
+    rows.iloc[:4].assign(tokens_hash="a").to_csv(tmp_path / "dense.csv", index=False)
+    assert cli.run(main, parser(), files) == 2 and "column 'tokens_hash' is mixed ('a', 'b')" in capsys.readouterr().err
