@@ -70,11 +70,29 @@ class RunDir:
 
     def code_hashes(self, start: int) -> str:
         """`code_hash` of this process, behind those of the processes that took the steps before `start`: 'old+new'."""
-        before = (self.info.get("code_hash") or "").split("+") if start else []
-        hashes = list(dict.fromkeys(h for h in (*before, code_hash(self.cfg.model.plugins)) if h))
-        if len(hashes) > 1 and self.writer:
-            print(f"note: other sources trained this run up to step {start}; its code_hash is {'+'.join(hashes)}")
-        return "+".join(hashes)
+        hashes = self._so_far("code_hash", code_hash(self.cfg.model.plugins), start)
+        if "+" in hashes and self.writer:
+            print(f"note: other sources trained this run up to step {start}; its code_hash is {hashes}")
+        return hashes
+
+    def meshes(self, mesh: str, start: int) -> str:
+        """`mesh` of this process, behind those of the steps before `start`: 'old+new'.
+
+        Another mesh changes how sums round and, where experts are split over it, which of their rows are dropped.
+        """
+        meshes = self._so_far("mesh", mesh, start)
+        split = any(getattr(ffn, "parallel", "data") == "expert" for ffn in self.cfg.model.ffns.values())
+        if "+" in meshes and split and self.writer:
+            print(
+                f"note: another mesh trained this run up to step {start}: {meshes}; what parallel = 'expert' drops "
+                "depends on it (router_dropped in metrics.jsonl)"
+            )
+        return meshes
+
+    def _so_far(self, name: str, now: str, start: int) -> str:
+        """`now` behind what run.json has under `name`, if the steps before `start` count: 'old+new'."""
+        before = (self.info.get(name) or "").split("+") if start else []
+        return "+".join(dict.fromkeys(value for value in (*before, now) if value))
 
     def begin(self, **info):
         """Write config.json and the first run.json of this process; keys of an earlier process stay."""

@@ -61,6 +61,11 @@ def make_mesh(mesh, rows: int, devices=None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:used])
 
 
+def describe(mesh: Mesh) -> str:
+    """'data 1 x fsdp 2 x tensor 1'."""
+    return " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+
+
 def path_of(key_path) -> str:
     """'params/embed/table' of a jax key path."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")

@@ -251,7 +251,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
         **{"seed": cfg.seed, "steps_total": steps, "params": params, "flops_per_token": flops_per_token},
         **{"final_loss": None, "final_bpb": None, "final_accuracy": None},
         **{"state_bytes": decode_state_bytes(cfg, opts.seq_len)},
-        **{"hardware": hardware.describe(mesh), "peak_flops": peak},
+        **{"hardware": hardware.describe(mesh), "peak_flops": peak, "mesh": run.meshes(sharding.describe(mesh), start)},
         **{"versions": metrics.versions(), "code_hash": run.code_hashes(start), "data": data.spec},
     )
     recorder = Recorder(
@@ -380,7 +380,6 @@ def describe(cfg: Config, mesh, data, params, flops, start) -> None:
     """Print what is derived from the config."""
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.train.seq_len
     trained = params["non_embedding"] + params["head"]
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(
         f"run         {run_id(cfg)} {cfg.name}".rstrip() + (f", resumes at step {start}" if start else "") + "\n"
         f"parameters  {params['total']:,} = {params['non_embedding']:,} in blocks + {params['embedding']:,} embedding"
@@ -389,7 +388,8 @@ def describe(cfg: Config, mesh, data, params, flops, start) -> None:
         + f"\ntokens      {tokens:,} = {tokens / trained:.3g} per parameter, from {cfg.data.source}"
         f"\nFLOPs       {flops['model_causal']:.4g} per token (causal; 6N = {flops['6n']:.4g}), "
         f"{flops['model_causal'] * tokens:.4g} in all"
-        f"\ndevices     {mesh.size} {mesh.devices.flat[0].device_kind} ({axes}), compute in {cfg.model.dtype}",
+        f"\ndevices     {mesh.size} {mesh.devices.flat[0].device_kind} ({sharding.describe(mesh)}), "
+        f"compute in {cfg.model.dtype}",
         flush=True,
     )
 

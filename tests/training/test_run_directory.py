@@ -14,7 +14,7 @@ from efficient_lm.schema import ConfigError, to_dict
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 RUN_KEYS = """run_id name status reason sweep seed steps_done steps_total tokens params flops_per_token flops final_loss
-final_bpb final_accuracy state_bytes hardware versions code_hash
+final_bpb final_accuracy state_bytes hardware mesh versions code_hash
 data started updated wall_seconds mean_step_seconds peak_flops""".split()
 
 
@@ -67,6 +67,19 @@ def test_without_its_config_a_run_is_known_by_its_id(small, train_one, tmp_path)
     with pytest.raises(ConfigError, match=rf"holds run {run_id(small())} without config\.json, not "):
         train_one(small(**{"optim.lr": 0.5}), tmp_path / "run")
     assert train_one(small(), tmp_path / "run")["status"] == "done"
+
+
+def test_a_run_on_two_meshes_says_so_where_it_changes_what_is_dropped(small, tmp_path, capsys):
+    one, two = "data 1 x fsdp 2 x tensor 1", "data 1 x fsdp 4 x tensor 1"
+    for parallel in ("expert", "data"):
+        cfg = small(**{"model.pattern": ["attention/moe"], "model.ffns.moe": {"parallel": parallel}, "mesh.fsdp": 2})
+        run = metrics.RunDir(tmp_path / parallel, cfg)
+        run.begin(mesh=run.meshes(one, 0))
+        assert run.meshes(two, 0) == two and run.meshes(one, 5) == one and not capsys.readouterr().out
+        assert run.meshes(two, 5) == f"{one}+{two}"
+        named = f"note: another mesh trained this run up to step 5: {one}+{two}; " in capsys.readouterr().out
+        assert named == (parallel == "expert")
+        run.release()
 
 
 def test_one_process_at_a_time(small, train_one, tmp_path):
