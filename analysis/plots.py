@@ -76,7 +76,8 @@ def _plain_log(axis, maximum: int = 6) -> None:
     if hi / lo > 30:
         return
     wide = hi / lo > 4
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(maximum, steps=[1, 2, 2.5, 5, 10]))
+    digits = (1, 2, 3, 5, 7) if hi / lo < 12 else (1, 2, 5)
+    axis.set_major_locator(LogLocator(subs=digits) if wide else MaxNLocator(maximum, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(ScalarFormatter())
     axis.set_minor_locator(LogLocator(subs=[]))
     axis.set_minor_formatter(NullFormatter())
@@ -178,7 +179,7 @@ def envelopes(fits: dict, curves, runs, *, group: str = "arch"):
         top.legend()
         bottom.plot(C, N, ".", color=ARCH_COLOURS[1], ms=4, label="size of the best run")
         law = fit.params["A_N"]["value"] * C ** fit.params["a_N"]["value"]
-        bottom.plot(C, law, color=ARCH_COLOURS[0], label=f"N* ∝ C^{fit.params['a_N']['value']:.2f}")
+        bottom.plot(C, law, color=ARCH_COLOURS[0], label=f"N* ∝ $C^{{{fit.params['a_N']['value']:.2f}}}$")
         bottom.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)")
         bottom.legend()
     axes[0, 0].set_ylabel("training loss (nats/token)")
@@ -239,8 +240,8 @@ def parametric(fit, law, frame, *, title: str = ""):
         yscale="log",
         xlim=span,
         ylim=span,
-        xlabel="predicted loss",
-        ylabel="observed loss",
+        xlabel="predicted loss (nats/token)",
+        ylabel="observed loss (nats/token)",
         title=f"{title}: parametric fit" if title else "parametric fit",
     )
     left.text(0.03, 0.97, f"rms error {fit.quality['rmse_log']:.2%}", transform=left.transAxes, va="top")
@@ -311,7 +312,8 @@ def holdout(fits: dict):
             ax.plot(at[which], observed[which], marker, color=colour, ms=4.5, label=label)
         ax.margins(x=0.08, y=0.2)  # room for the legend
         title = f"{name}: fitted up to {held['column']} = {_budget(held['fitted_up_to'])}"
-        ax.set(xscale="log", xlabel="predicted value of the held-out runs", title=title)
+        target, unit = list(fit.data["units"].items())[-1]
+        ax.set(xscale="log", xlabel=f"predicted {target} of the held-out runs ({unit})", title=title)
         _plain_log(ax.xaxis, 5)
         ax.legend()
     axes[0, 0].set_ylabel("observed - predicted (%)")
@@ -397,7 +399,7 @@ def frontiers(found: dict[str, Frontier], *, level: float = 0.95):
             band = np.log(A_draws)[:, None] + a_draws[:, None] * np.log(C)
             right.plot(C, A * C**a, color=colour)
             right.fill_between(C, *np.exp(np.nanquantile(band, quantiles, axis=0)), color=colour, alpha=0.15, lw=0)
-            label = f"{name}: N* ∝ C^{a:.2f}"
+            label = f"{name}: N* ∝ $C^{{{a:.2f}}}$"
         right.plot([], [], marker, color=colour, label=label)
         for p in f.profiles:
             if p.refused and p.coefficients is not None:

@@ -58,7 +58,9 @@ def width_depth(rows: pd.DataFrame, activation: str = "relu", at: str = "rise"):
     mine = mine[mine["activation"] == activation].sort_values("ratio")
     with plots.plt.rc_context(plots.STYLE):
         figure, axes = plots.new_figure(2)
-        for ax, column, name in zip(axes[0], ("active", "loss"), ("share of active neurons", "loss"), strict=True):
+        for ax, column, name in zip(
+            axes[0], ("active", "loss"), ("share of active neurons", "loss (nats/token)"), strict=True
+        ):
             ax.plot(mine["ratio"], mine[column], "o", ms=4, alpha=0.6, color=plots.ARCH_COLOURS[0])
             means = mine.groupby("ratio")[column].mean()
             ax.plot(means.index, means, "-", color=plots.ARCH_COLOURS[0])
@@ -70,10 +72,11 @@ def by_layer(rows: pd.DataFrame, at: str = "rise"):
     """Active share of each layer at the last checkpoint, and its quantiles over tokens as bars at the right."""
     mine = sparsity.last(rows, at)
     shapes = {key: part for key, part in mine.groupby(sparsity.SHAPE)}
+    colours = plots.ARCH_COLOURS if len(shapes) <= len(plots.ARCH_COLOURS) else plots.plt.get_cmap("tab20").colors
     with plots.plt.rc_context(plots.STYLE):
         figure, axes = plots.new_figure(2)
         for i, (key, part) in enumerate(sorted(shapes.items(), key=lambda item: (item[0][0], item[1]["N"].iloc[0]))):
-            colour, name = plots.plt.get_cmap("tab20")(i % 20), sparsity.label(key, part)
+            colour, name = colours[i % len(colours)], sparsity.label(key, part)
             layers = np.mean(part["active_layers"].tolist(), axis=0)
             axes[0, 0].plot((np.arange(len(layers)) + 0.5) / len(layers), layers, "o-", ms=3, color=colour, label=name)
             low, lower, middle, upper, high = np.mean(part["active_tokens"].tolist(), axis=0)

@@ -5,6 +5,7 @@ python -m analysis.laws leverage clark      # these in full
 """
 
 import argparse
+import inspect
 import sys
 
 from analysis import cli
@@ -13,7 +14,7 @@ from pallas_kernels.commands import Parser
 
 
 def describe(law: Law, full: bool = False) -> str:
-    """A paragraph of text; `full` adds parameters and limits."""
+    """A paragraph of text; `full` adds parameters, limits and the notes of the law's file."""
     lines = [f"{law.name}: {law.title}", f"  {law.formula}", f"  source: {law.source}"]
     for variable, kind in [*((v, "input") for v in law.variables), (law.target, "target")]:
         lines.append(f"  {kind:<7} {variable.name} [{variable.unit}] {variable.meaning}")
@@ -28,7 +29,10 @@ def describe(law: Law, full: bool = False) -> str:
                 f"  parameter {parameter.name} in [{parameter.lo:g}, {parameter.hi:g}]: {parameter.meaning}{held}"
             )
         residual = "squares" if law.delta is None else f"Huber, delta {law.delta:g}"
-        lines += [f"  fitted on {law.residual} residuals ({residual})", f"  limits: {law.limits}"]
+        how = "in a way of its own" if law.fitter else f"on {law.residual} residuals ({residual})"
+        lines += [f"  fitted {how}", f"  limits: {law.limits}"]
+        notes = inspect.getmodule(law.predict).__doc__.rstrip().splitlines()  # says what derived quantities mean
+        lines += ["", *(f"  {line}".rstrip() for line in notes)]
     return "\n".join(lines)
 
 
