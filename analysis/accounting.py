@@ -64,7 +64,7 @@ def parser() -> Parser:
     out.add_argument("--law", nargs="+", default=["isoflop", "chinchilla"], choices=["isoflop", "chinchilla"],
                      help="fits to compare (default both)")  # fmt: skip
     out.add_argument("--out", metavar="TABLE.JSON", help="write the numbers as JSON")
-    cli.add_table_arguments(out)
+    cli.add_table_arguments(out, counts=False)
     cli.add_fit_arguments(out)
     return out
 
@@ -75,6 +75,7 @@ def main(args: argparse.Namespace) -> None:
     options = cli.fit_options(args)
     table = load_table(args.store, required=("N", "D", "C", "loss"), **cli.table_options(args))
     rows = exponents(table, tuple(args.law), options)
+    print(table.summary())
     print(text_table(rows))
     cli.write_json(args.out, rows)
 

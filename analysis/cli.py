@@ -27,13 +27,14 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: Parser, argv=N
         raise BadInput(str(error)) from error
 
 
-def add_table_arguments(parser: Parser) -> None:
-    """Which rows and columns to use."""
+def add_table_arguments(parser: Parser, counts: bool = True) -> None:
+    """Which rows and columns to use; with `counts` also what N and C of a run store count."""
     group = parser.add_argument_group("table")
     group.add_argument(
         "--columns",
         metavar="NAME=SOURCE,...",
-        help="name the columns: an existing column or an expression, e.g. N=params,C=flops,D=C/(6*N),loss=final_loss",
+        help="name the columns: an existing column or an expression, e.g. N=params,C=flops,D=C/(6*N),loss=final_loss; "
+        "of a column status only the runs that are done (or finished) are used",
     )
     group.add_argument("--where", metavar="QUERY", help='pandas query that a row must satisfy, e.g. "loss < 4"')
     group.add_argument(
@@ -49,20 +50,18 @@ def add_table_arguments(parser: Parser) -> None:
         default="error",
         help="rows equal to an earlier row",
     )
-    group.add_argument(
-        "--n", choices=sorted(N_ACCOUNTING), default="nonemb_head",
-        help="parameters that N counts, for a run store: all but the input embedding (default), nonemb, total",
-    )  # fmt: skip
-    group.add_argument(
-        "--c",
-        choices=sorted(C_ACCOUNTING),
-        default="model_causal",
-        help="FLOPs that C counts, for a run store",
-    )
+    if counts:
+        group.add_argument(
+            "--n", choices=sorted(N_ACCOUNTING),
+            help="parameters that N counts, of a run store (default nonemb_head: all but the input embedding)",
+        )  # fmt: skip
+        group.add_argument(
+            "--c", choices=sorted(C_ACCOUNTING), help="FLOPs that C counts, of a run store (default model_causal)"
+        )
 
 
-def add_fit_arguments(parser: Parser, bootstrap: int = 1000) -> None:
-    """How to draw intervals."""
+def add_fit_arguments(parser: Parser, bootstrap: int = 1000, seed_noise: bool = True) -> None:
+    """How to draw intervals; `seed_noise` where IsoFLOP minima are among what is fitted."""
     group = parser.add_argument_group("intervals")
     group.add_argument(
         "--bootstrap",
@@ -73,9 +72,10 @@ def add_fit_arguments(parser: Parser, bootstrap: int = 1000) -> None:
     )
     group.add_argument("--level", type=float, default=0.95, help="coverage of the intervals (default 0.95)")
     group.add_argument("--seed", type=int, default=0, help="seed of the draws (default 0)")
-    group.add_argument(
-        "--seed-noise", type=float, metavar="NATS", help="known loss spread between seeds, for IsoFLOP minima"
-    )
+    if seed_noise:
+        group.add_argument(
+            "--seed-noise", type=float, metavar="NATS", help="known loss spread between seeds, for IsoFLOP minima"
+        )
 
 
 def add_weighted_argument(parser: Parser) -> None:
@@ -91,13 +91,22 @@ def check_fit_arguments(args) -> None:
         raise ValueError(f"--level {args.level}: must lie between 0 and 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be 0 or more")
-    if args.seed_noise is not None and not args.seed_noise > 0:
-        raise ValueError(f"--seed-noise {args.seed_noise}: must be positive")
+    noise = getattr(args, "seed_noise", None)
+    if noise is not None and not noise > 0:
+        raise ValueError(f"--seed-noise {noise}: must be positive")
+
+
+def refuse_unread(law: str, unread: dict) -> None:
+    """Raises ValueError for the first option, flag -> whether it was given, that a fit of `law` would not read."""
+    for flag, given in unread.items():
+        if given:
+            raise ValueError(f"{flag}: the fit of law {law} does not use it")
 
 
 def fit_options(args, **others) -> Options:
     """Options from parsed arguments of `add_fit_arguments`, with `others` set too."""
-    return Options(bootstrap=args.bootstrap, level=args.level, seed=args.seed, seed_noise=args.seed_noise, **others)
+    noise = getattr(args, "seed_noise", None)
+    return Options(bootstrap=args.bootstrap, level=args.level, seed=args.seed, seed_noise=noise, **others)
 
 
 def check_out(path: str | None, flag: str = "--out") -> None:
@@ -120,7 +129,8 @@ def table_options(args) -> dict:
         raise ValueError(f"--drop-highest {args.drop_highest}: must be 0 or more")
     return {
         "columns": args.columns, "where": args.where, "x_range": parse_ranges(args.x_range),
-        "drop_highest": args.drop_highest, "duplicates": args.duplicates, "n": args.n, "c": args.c,
+        "drop_highest": args.drop_highest, "duplicates": args.duplicates, "n": getattr(args, "n", None),
+        "c": getattr(args, "c", None),
     }  # fmt: skip
 
 

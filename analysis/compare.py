@@ -43,7 +43,8 @@ def text_table(comparison: dict) -> str:
     costs = {"gain" if name == "compute" else name: title for name, title in TITLES.items()}
     costs = {name: title for name, title in costs.items() if name in judged}
     lines = [f"what {base} spends for the loss of {variant}, over what {variant} spends", ""]
-    lines.append(f"{'C':>10} {base[:14]:>22} {variant[:14]:>22} " + " ".join(f"{t:>24}" for t in costs.values()))
+    names = " ".join(f"{name if len(name) <= 22 else '..' + name[-20:]:>22}" for name in (base, variant))
+    lines.append(f"{'C':>10} {names} " + " ".join(f"{t:>24}" for t in costs.values()))
     for point in comparison["points"]:
         note = f"  beyond the losses of {base}" if point["extrapolated"] else ""
         losses = " ".join(f"{with_interval(point[key], 4):>22}" for key in ("base_loss", "variant_loss"))
@@ -83,12 +84,14 @@ def parser() -> Parser:
 def main(args: argparse.Namespace) -> None:
     cli.check_fit_arguments(args)
     cli.check_out(args.out)
+    cli.check_out(args.plot, "--plot")
     if args.bootstrap == 0:
         raise ValueError("--bootstrap 0: a comparison needs draws to say whether it is resolved")
     required = ("N", "C", "loss")
     table = load_table(args.store, required=required, **cli.table_options(args))
     options = cli.fit_options(args)
     frontiers, comparisons = compare_architectures(table, args.base, args.variant, args.axis, options)
+    print(table.summary())
     print("\n\n".join(text_table(comparison) for comparison in comparisons))
     known = f"{table.conventions()}; " if table.counts else ""
     print(f"{known}loss: nats per token; intervals: {args.level:.0%}, from {args.bootstrap} bootstrap draws")

@@ -60,7 +60,8 @@ def fit_envelope(curves, table: Table, options: Options | None = None) -> Fit:
     fit.settings = {"law": law, "approach": "envelope of learning curves", "smoothing": WIDTH, "grid": POINTS}
     short = sorted(set(runs.index) - set(parts))
     fit.warnings += [f"run {run}: fewer than 8 points in its learning curve" for run in short]
-    fit.data = {"source": table.source, "filters": table.filters, "counts": table.counts, "excluded": []}
+    excluded = [{"row": str(row), "reason": reason} for row, reason in table.excluded["reason"].items()]
+    fit.data = {"source": table.source, "filters": table.filters, "counts": table.counts, "excluded": excluded}
     fit.data["conventions"] = table.conventions() or "N: parameters; D: tokens; C: FLOP"
     if len(parts) < 3:
         fit.refused = f"{len(parts)} runs have a learning curve of 8 points or more; 3 sizes are needed"
@@ -131,7 +132,7 @@ def parser() -> Parser:
     out.add_argument("--curves", metavar="CSV", help="wandb history of the runs of the table (default: in the store)")
     out.add_argument("--out", metavar="FIT.JSON", help="write the result as JSON")
     cli.add_table_arguments(out)
-    cli.add_fit_arguments(out, bootstrap=400)
+    cli.add_fit_arguments(out, bootstrap=400, seed_noise=False)
     return out
 
 

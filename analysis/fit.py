@@ -13,7 +13,7 @@ import numpy as np
 from analysis import cli
 from analysis.isoflop import best_of_budgets, beyond, default_budgets
 from analysis.laws import all_laws, get_law
-from analysis.load import Table, check_comparable, load_table
+from analysis.load import Table, check_comparable, count_reasons, load_table
 from analysis.result import Fit, Options, interval, plain
 from pallas_kernels.commands import Parser
 
@@ -277,8 +277,9 @@ def parser() -> Parser:
     out.add_argument(
         "--flops-factor", type=float, metavar="K", help="K of C = K*N*D for optima (default: from C, or 6)"
     )
-    out.add_argument("--no-holdout", action="store_true", help="skip the fit without the dearest budget")
-    out.add_argument(
+    held = out.add_mutually_exclusive_group()
+    held.add_argument("--no-holdout", action="store_true", help="skip the fit without the dearest budget")
+    held.add_argument(
         "--holdout-above", type=float, metavar="C", help="predict the rows above this compute (default: dearest budget)"
     )
     out.add_argument("--quiet", action="store_true", help="no progress bars and no summary")
@@ -292,6 +293,14 @@ def parser() -> Parser:
 def main(args: argparse.Namespace) -> int:
     cli.check_fit_arguments(args)
     law = get_law(args.law)
+    own = law.fitter is not None
+    unread = {
+        "--delta": own and args.delta is not None, "--profile": own and args.profile,
+        "--seed-noise": not own and args.seed_noise is not None, "--weighted": not own and args.weighted,
+        "--at": args.at is not None and not (law.optimum or own),
+        "--flops-factor": args.flops_factor is not None and not law.optimum,
+    }  # fmt: skip
+    cli.refuse_unread(law.name, unread)
     positive = {"--delta": args.delta, "--flops-factor": args.flops_factor, "--holdout-above": args.holdout_above}
     for flag, value in positive.items():
         if value is not None and not 0 < value < float("inf"):
@@ -319,8 +328,10 @@ def summary(fit: Fit) -> str:
     """A few lines for a terminal."""
     from analysis.tables import number, with_interval
 
-    excluded = len(fit.data["excluded"])
-    lines = [f"{fit.law}: {fit.n} rows from {fit.data['source']} ({excluded} excluded), {fit.seconds:.1f} s"]
+    reasons = [entry["reason"] for entry in fit.data["excluded"]]
+    lines = [f"{fit.law}: {fit.n} rows from {fit.data['source']} ({len(reasons)} excluded), {fit.seconds:.1f} s"]
+    if reasons:
+        lines.append(f"  excluded: {count_reasons(reasons)}")
     lines += [f"  {fit.settings['law']}", f"  {fit.data['conventions']}"]
     if fit.settings.get("bootstrap"):
         lines.append(f"  intervals: {fit.settings['level']:.0%}, from {fit.settings['bootstrap']} bootstrap draws")
@@ -336,9 +347,11 @@ def summary(fit: Fit) -> str:
         lines.append(f"  at C {number(point['C'])}{' (beyond the runs)' if point['extrapolated'] else ''}: {found}")
     if fit.holdout and not fit.holdout["refused"]:
         unit = "unit of the target" if fit.settings.get("residual") == "linear" else "natural log"
+        held = fit.holdout
+        inside = f", {held['share_inside']:.0%} of {held['n_heldout']} inside" if "share_inside" in held else ""
         lines.append(
-            f"  hold-out ({fit.holdout['held']}): rms error {fit.holdout['rms_error']:.4f}, "
-            f"predicted half-width {fit.holdout['predicted_halfwidth']:.4f} ({unit})"
+            f"  hold-out ({held['held']}): rms error {held['rms_error']:.4f}, mean {held['mean_error']:+.4f}, "
+            f"predicted half-width {held['predicted_halfwidth']:.4f} ({unit}){inside}"
         )
     elif fit.holdout:
         lines.append(f"  hold-out: refused: {fit.holdout['refused']}")

@@ -296,10 +296,9 @@ def _verdict(out: dict, last: dict, C: float, level: float) -> str:
         )
     trend = out.get("trend")
     if trend and trend["lo"] is not None and out["resolved"]:
-        if trend["lo"] > 0:
-            text += "; its advantage grows with compute"
-        elif trend["hi"] < 0:
-            text += "; its advantage shrinks with compute"
+        if trend["lo"] > 0 or trend["hi"] < 0:
+            ahead, up = last["value"] > 1, trend["lo"] > 0
+            text += f"; its {'advantage' if ahead else 'lag'} {'grows' if ahead == up else 'shrinks'} with compute"
         else:
             text += "; no trend with compute is resolved"
     crossing = out.get("crossover")

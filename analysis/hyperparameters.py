@@ -32,6 +32,8 @@ def near_optimal(table: Table, tau: float, by=("N", "D")) -> Table:
     for name in (*by, "loss"):
         if name not in table.rows:
             raise DataError(f"column {name!r} is missing in {table.source}: groups have equal {' and '.join(by)}")
+        if table.rows[name].isna().any():
+            raise DataError(f"column {name!r}, row {table.rows[name].isna().idxmax()}: empty")
     if not 0 <= tau < 1:
         raise ValueError(f"tau {tau:g}: must lie in [0, 1); it is a share, 0.0025 is .25 %")
     best = table.rows.groupby(list(by))["loss"].transform("min")
@@ -106,7 +108,7 @@ def parser() -> Parser:
     out.add_argument("--tau", default="0.001,0.0025,0.005", help="near-best thresholds (default .1, .25 and .5 %%)")
     out.add_argument("--out", metavar="TABLE.JSON", help="write the numbers as JSON")
     cli.add_table_arguments(out)
-    cli.add_fit_arguments(out)
+    cli.add_fit_arguments(out, seed_noise=False)
     return out
 
 
@@ -115,9 +117,10 @@ def main(args: argparse.Namespace) -> None:
     cli.check_out(args.out)
     by = tuple(name.strip() for name in args.by.split(","))
     wanted = {column for name in args.law for column in get_law(name).columns}
-    table = load_table(args.data, required=sorted(wanted | {*by, "loss"}), **cli.table_options(args))
+    table = load_table(args.data, required=sorted(wanted | {"loss"}), **cli.table_options(args))
     options = cli.fit_options(args, holdout=False)
     rows = sensitivity(table, args.law, by, cli.parse_numbers(args.tau, "--tau"), options)
+    print(table.summary())
     print(text_table(rows))
     cli.write_json(args.out, rows)
 

@@ -74,10 +74,13 @@ def parser() -> Parser:
     source.add_argument("--constants", metavar="NAME", help="published constants of the law chinchilla instead")
     out.add_argument("--tokens", required=True, metavar="D,...", help="tokens processed after training")
     goal = out.add_mutually_exclusive_group()
-    goal.add_argument("--loss", type=float, help="wanted loss in nats per token")
-    goal.add_argument("--compute", type=float, metavar="C", help="loss of the compute-optimal model of C training FLOP")
+    goal.add_argument("--loss", type=float, help="wanted loss in nats per token (default: see --compute)")
+    goal.add_argument(
+        "--compute", type=float, metavar="C",
+        help="loss of the compute-optimal model of C training FLOP (default: the dearest run; 1e21 with --constants)",
+    )  # fmt: skip
     cli.add_table_arguments(out)
-    cli.add_fit_arguments(out)
+    cli.add_fit_arguments(out, seed_noise=False)
     return out
 
 
@@ -85,6 +88,9 @@ def main(args: argparse.Namespace) -> None:
     cli.check_fit_arguments(args)
     law, draws, runs = get_law("chinchilla"), None, None
     tokens = cli.parse_numbers(args.tokens, "--tokens", zero=True)
+    for flag, value in (("--loss", args.loss), ("--compute", args.compute)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{flag} {value:g}: must be positive")
     if args.constants is not None:
         if args.constants not in law.constants:
             raise ValueError(f"--constants {args.constants!r}: choose one of {', '.join(law.constants)}")
@@ -96,6 +102,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.data}: the law cannot be fitted: {fit.refused}")
         values, draws = fit.values, {name: fit.draws[name] for name in fit.values} if fit.draws else None
         runs = table.rows
+        print(table.summary())
         top = 6 * float((runs["N"] * runs["D"]).max())
     loss = args.loss or float(law.optimum(values, args.compute or top)["loss"])
     if not loss > values["E"]:

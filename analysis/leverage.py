@@ -21,7 +21,7 @@ import pandas as pd
 
 from analysis import cli
 from analysis.fit import fit_law
-from analysis.isoflop import best_of_budgets
+from analysis.isoflop import best_of_budgets, budget_groups
 from analysis.laws import efficiency_leverage, get_law
 from analysis.laws.power import compute_for
 from analysis.load import Table, check_comparable, load_table
@@ -32,21 +32,21 @@ from pallas_kernels.commands import Parser
 
 def leverage(
     dense: Table, variant: Table, law: str = "power0", by=("arch", "A", "G", "S"), options: Options | None = None
-) -> list:
+) -> tuple[list, list[str]]:
     """The leverage of the best run of each budget of `variant` (one per value of the columns `by` that it has).
 
     Both tables need C and loss. `law` is the dense frontier: power0 as in the paper, or power with a floor.
 
     Returns:
-      Rows `{"row", the columns `by`, "C", "loss", "EL": {"value", "lo", "hi"}, "extrapolated"}`. Intervals hold the
-      uncertainty of the dense law, and the noise of the sparse run taken as that of the dense runs about their law.
+      Rows `{"row", the columns `by`, "C", "loss", "EL": {"value", "lo", "hi"}, "extrapolated"}` and the warnings of the
+      dense fit. Intervals hold the uncertainty of the dense law, and the noise of the sparse run taken as that of the
+      dense runs about their law.
 
     Raises:
       DataError, or ValueError where the dense runs do not determine the law.
     """
     options = options or Options()
-    dense = best_of_budgets(dense)
-    fit = fit_law(law, dense, options)
+    fit, dense = fit_law(law, dense, options), best_of_budgets(dense)
     if fit.refused:
         raise ValueError(f"the dense runs do not give a law of compute: {fit.refused}")
     noise = fit.quality["rmse_log"] * np.sqrt(fit.n / (fit.n - fit.quality["free_parameters"]))
@@ -64,7 +64,7 @@ def leverage(
                 "loss": float(run["loss"]), "EL": interval(compute_for(fit.values, run["loss"]) / run["C"], draws,
                 options.level), "extrapolated": not inside,
             })  # fmt: skip
-    return out
+    return out, [f"dense law: {text}" for text in fit.warnings]
 
 
 def frame(rows: list[dict]) -> pd.DataFrame:
@@ -75,8 +75,14 @@ def frame(rows: list[dict]) -> pd.DataFrame:
 
 def repeats(table: Table) -> str:
     """A note where sizes were trained more than once: the best of several tries flatters. '' where none was."""
-    by = [name for name in ("arch", "A", "G", "S", "N", "budget") if name in table.rows]
-    tries = table.rows.groupby(by)["loss"].size() if {"N", "budget"} <= set(by) else pd.Series(dtype=int)
+    groups = budget_groups(table.rows, table.rows["C"])
+    if "N" not in table.rows or groups is None:
+        return ""
+    budget = pd.Series(0, table.rows.index)
+    for i, rows in enumerate(groups):
+        budget.iloc[rows] = i
+    by = [table.rows[name] for name in ("arch", "A", "G", "S", "N") if name in table.rows]
+    tries = table.rows["loss"].groupby([*by, budget]).size()
     more = int((tries > 1).sum())
     found = f"note: {table.source}: {more} of {len(tries)} sizes have several runs, the best of which counts"
     return found if more else ""
@@ -125,25 +131,30 @@ def published(at: dict[str, float], wanted: float | None) -> str:
 def parser() -> Parser:
     out = Parser(
         prog="python -m analysis.leverage",
-        description="Efficiency leverage of sparse over dense models, from two sets of runs or from the published law.",
+        description="Efficiency leverage of sparse over dense models, from two sets of runs or from the published law. "
+        "Of each budget the best run counts; where every budget has several sizes analysis.leverage_sweep says more.",
     )
     out.add_argument("--dense", metavar="PATH", help="dense runs: CSV, parquet, wandb export or run store with C, loss")
     out.add_argument("--variant", metavar="PATH", help="the runs to judge, with columns A and G where they vary")
     out.add_argument("--dense-where", metavar="QUERY", help="rows of --dense to use")
     out.add_argument("--variant-where", metavar="QUERY", help="rows of --variant to use")
     out.add_argument(
-        "--law", choices=("power0", "power"), default="power0", help="dense law: power0 (default) or power"
+        "--law",
+        choices=("power0", "power"),
+        default="power0",
+        help="dense law: power0, as in the paper (default), or power, with a floor: it takes 5 budgets",
     )
     out.add_argument("--out", metavar="EL.CSV", help="write the table, to be fitted by the laws leverage_*")
     out.add_argument("--at", metavar="A=,G=,C=", help="evaluate the published law there instead")
     out.add_argument("--wanted", type=float, metavar="EL", help="with --at: which A and G reach this leverage")
     cli.add_table_arguments(out)
-    cli.add_fit_arguments(out)
+    cli.add_fit_arguments(out, seed_noise=False)
     return out
 
 
 def main(args: argparse.Namespace) -> None:
     cli.check_fit_arguments(args)
+    cli.check_out(args.out)
     if args.at:
         if args.wanted is not None and not args.wanted > 0:
             raise ValueError(f"--wanted {args.wanted:g}: must be positive")
@@ -158,14 +169,16 @@ def main(args: argparse.Namespace) -> None:
         tables.append(load_table(path, required=("C", "loss"), **options))
     check_comparable(dataclasses.replace(tables[0], rows=pd.concat([table.rows for table in tables])))
     options = cli.fit_options(args, holdout=False)
-    rows = leverage(*tables, args.law, options=options)
+    rows, warnings = leverage(*tables, args.law, options=options)
+    for table in tables:
+        print(table.summary())
     print(text_table(rows))
     print("leverage: C of the dense law at that loss over C")
     print("A: experts used over all, shared ones in both; G: 2 d_model / d_expert")
     counted = tables[1].conventions() or "C: FLOP"
     drawn = f"intervals: {args.level:.0%}, from {args.bootstrap} bootstrap draws" if args.bootstrap else "no intervals"
     print(f"{counted}; loss: nats per token; {drawn}")
-    for note in dict.fromkeys(filter(None, map(repeats, tables))):
+    for note in dict.fromkeys([*(f"note: {text}" for text in warnings), *filter(None, map(repeats, tables))]):
         print(note)
     if args.out:
         frame(rows).to_csv(args.out, index=False)

@@ -15,8 +15,6 @@ from analysis.laws import efficiency_leverage, get_law
 from analysis.result import interval
 
 SIZES = "edge != 'few'"  # enough sizes to know the best one
-# One shared ratio and one way to weigh experts.
-USUAL = f"S > 0.3 and S < 0.4 and not arch.str.endswith('-raw') and {SIZES}"
 STARTS = np.geomspace(1e-4, 1.0, 120)  # of A_s
 PUBLISHED = get_law("leverage").constants["ling"].values
 
@@ -25,8 +23,9 @@ PUBLISHED = get_law("leverage").constants["ling"].values
 class Leverages:
     """Leverages of a sweep.
 
-    rows: arch, A, G, S, budget, C, loss, EL, EL_lo, EL_hi, extrapolated (the loss is below those of the dense runs),
-    edge ("small", "large": an outermost size is the best; "few": there are fewer than three; EL is a lower bound then).
+    rows: arch, A, G, S (NaN where the runs don't say), budget, C, loss, EL, EL_lo, EL_hi, extrapolated (the loss is
+    below those of the dense runs), edge ("small", "large": an outermost size is the best; "few": there are fewer than
+    three; EL is a lower bound then).
     draws: [draws, rows] of EL.
     dense: the law that was inverted.
     """
@@ -46,6 +45,13 @@ class Leverages:
     def log(self) -> np.ndarray:
         """ln EL [1 + draws, rows], the value first."""
         return np.log(np.concatenate([self.rows["EL"].to_numpy(float)[None], self.draws]))
+
+
+def usual(rows: pd.DataFrame) -> str:
+    """Query of the rows that laws go through: the shared ratio S of most architectures, one way to weigh experts."""
+    shared = rows.groupby("arch")["S"].first().round(2).mode()
+    near = f"(S > {shared[0] - 0.05:.2f} and S < {shared[0] + 0.05:.2f}) and " if len(shared) else ""
+    return f"{near}not arch.str.endswith('-raw') and {SIZES}"
 
 
 def _least_squares(y, terms):
@@ -173,7 +179,7 @@ def coverage(rows: pd.DataFrame) -> str:
 
     agree: at least nine of ten, disagree: at most half.
     """
-    known = rows[rows["edge"] == ""]
+    known = rows[(rows["edge"] == "") & rows["published"].notna()]
     inside = int(((known["EL_lo"] <= known["published"]) & (known["published"] <= known["EL_hi"])).sum())
     share = inside / len(known) if len(known) else np.nan
     word = "agree" if share >= 0.9 else "disagree" if share <= 0.5 else "cannot tell"
@@ -194,18 +200,27 @@ def report(leverages: Leverages) -> dict:
                 found.append({**dict(zip(by, key, strict=True)), **intervals(law(chosen), level)})
         return found
 
-    activation = each(activation_law, ["budget"], f"G == 2 and {USUAL}", ("A", 3))
-    granularity = each(granularity_law, ["budget", "A"], USUAL, ("G", 3))
+    alike, coarse = usual(rows), rows["G"].min()
+    same_grain = f"G == {coarse} and " if np.isfinite(coarse) else ""
+    activation = each(activation_law, ["budget"], same_grain + alike, ("A", 3))
+    granularity = each(granularity_law, ["budget", "A"], alike, ("G", 3))
     compute = each(compute_law, ["arch"], SIZES, ("budget", 2))
-    finest = each(finest_gain, ["budget", "A"], USUAL, ("G", 2))
+    finest = each(finest_gain, ["budget", "A"], alike, ("G", 2))
     out |= {"activation": activation, "granularity": granularity, "finest": finest, "compute": compute}
+    finer = claim([law["gain"] for law in finest], 1)
     out["claims"] = {
         "leverage grows as fewer experts are active": claim([law["a"] for law in activation], -1),
         "leverage grows with compute": claim([law["a"] for law in compute], 1),
-        f"experts of G = {rows['G'].max():g} beat those of G = 2": claim([law["gain"] for law in finest], 1),
+        **({f"experts of G = {rows['G'].max():g} beat those of G = {coarse:g}": finer} if np.isfinite(coarse) else {}),
         "the joint law, extrapolated to these budgets": coverage(rows.assign(published=published(rows))),
     }
-    shared = leverages.where(USUAL)
+    shared = leverages.where(alike)
+    other = sorted(set(rows.query(SIZES, engine="python")["arch"]) - set(shared.rows["arch"]))
+    if other:
+        out["notes"] = [
+            *out["notes"],
+            f"in no law of A or G, since shared ratio or weights are others: {', '.join(other)}",
+        ]
     try:
         joint = joint_law(shared)
     except ValueError as error:

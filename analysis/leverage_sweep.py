@@ -101,6 +101,12 @@ def sweep_leverages(
     """
     options, notes = options or Options(), []
     check_comparable(table)
+    if "arch" not in table.rows:
+        raise DataError(
+            f"column 'arch' is missing in {table.source}: it names the architecture; name it with --columns"
+        )
+    for name in {"G", "S"} - set(table.rows):
+        notes.append(f"no column {name}: all sparse architectures are taken to have the same")
     every = average_repeats(table.rows)
     noise = (options.seed_noise, np.inf) if options.seed_noise else None
     if points == "best":
@@ -119,7 +125,7 @@ def sweep_leverages(
                 raise
             notes.append(str(error))
             continue
-        labels[name] = {key: float(rows[key].iloc[0]) for key in AXES}
+        labels[name] = {key: float(rows[key].iloc[0]) if key in rows else np.nan for key in AXES}
     names = [frontier.name for frontier in frontiers]
     if base not in names or len(names) < 2:
         raise ValueError(f"arch {base!r} and another one are needed; {table.source} has {', '.join(names) or 'none'}")
@@ -213,6 +219,10 @@ def seed_noise(rows: pd.DataFrame) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------------------- command line
 
 
+def _few(laws: list, needed: str) -> str:
+    return "" if laws else f": no budget has {needed}"
+
+
 def text(found: dict) -> str:
     lines = [f"{'architecture':<28} {'C':>9} {'loss':>7}  {'leverage':<22} published law there"]
     for row in found["rows"]:
@@ -222,16 +232,16 @@ def text(found: dict) -> str:
             flags.append(f"at least: {EDGES[row['edge']]}")
         note = "   " + "; ".join(flags) if flags else ""
         lines.append(
-            f"{row['arch']:<28} {number(row['C']):>9} {row['loss']:>7.4f}  {EL:<22} {row['published']:>5.2f}{note}"
+            f"{row['arch']:<28} {number(row['C']):>9} {row['loss']:>7.4f}  {EL:<22} {number(row['published']):>5}{note}"
         )
-    lines.append("\nln EL = a ln(A + A_s) at G = 2")
+    lines.append(f"\nln EL = a ln(A + A_s), the coarsest experts{_few(found['activation'], 'three activation ratios')}")
     for law in found["activation"]:
         lines.append(f"  C {number(law['budget'])}: a {with_interval(law['a'])}, A_s {with_interval(law['A_s'])}")
-    lines.append("ln EL = a + b g (g + c), g = log2 G")
+    lines.append(f"ln EL = a + b g (g + c), g = log2 G{_few(found['granularity'], 'three granularities')}")
     for law in found["granularity"]:
         lines.append(
             f"  C {number(law['budget'])}, A {law['A']:.3g}: curvature b {with_interval(law['b'])}, "
-            f"best G {with_interval(law['G_opt'])}"
+            + (f"best G {with_interval(law['G_opt'])}" if law["b"]["hi"] < 0 else "no best G is resolved")
         )
     for law in found["finest"]:
         gain = with_interval({key: np.exp(law["gain"][key]) for key in ("value", "lo", "hi")})
@@ -275,7 +285,8 @@ def parser() -> Parser:
     )
     out.add_argument(
         "--store", required=True, nargs="+", metavar="PATH",
-        help="run stores, or CSVs with N, C, loss, budget, A, G, S; a run that several of them have counts once",
+        help="run stores, or CSVs with arch, N, C, loss, budget, A (experts used over all), and where they vary G "
+        "(2 d_model / d_expert) and S (shared experts over those used); a run that several of them have counts once",
     )  # fmt: skip
     out.add_argument("--base", default="dense", help="the dense architecture (default dense)")
     out.add_argument(
@@ -304,9 +315,13 @@ def main(args: argparse.Namespace) -> None:
         print(f"{len(data)} runs in {args.save}")
         return
     required = ("N", "C", "loss", "budget", "A")
-    table = load_table(data, required=required, **cli.table_options(args))
+    options = cli.table_options(args)
+    if isinstance(data, pd.DataFrame):  # `gather` has read --n and --c
+        options |= {"n": None, "c": None}
+    table = load_table(data, required=required, **options)
     options = cli.fit_options(args)
     found = report(sweep_leverages(table, args.base, args.points, options))
+    print(table.summary())
     print(text(found))
     cli.write_json(args.out, found)
 

@@ -21,6 +21,7 @@ C_ACCOUNTING = {
     "6nd": "C_6nd",
     "hardware": "C_hardware",
 }
+DEFAULT_N, DEFAULT_C = "nonemb_head", "model_causal"
 N_MEANING = {
     "nonemb_head": "all parameters except the input embedding",
     "nonemb": "parameters without embedding and head",
@@ -52,6 +53,13 @@ class Table:
     source: str
     filters: list[str] = field(default_factory=list)
     counts: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """How many rows are used, and how many were left out for which reason."""
+        lost = (
+            f", {len(self.excluded)} left out: {count_reasons(self.excluded['reason'])}" if len(self.excluded) else ""
+        )
+        return f"{len(self.rows)} rows of {self.source}{lost}"
 
     def conventions(self) -> str:
         """What the columns N and C count, in words; '' where that is not known."""
@@ -94,7 +102,7 @@ class Table:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def load_runs(store, *, n: str = "nonemb_head", c: str = "model_causal") -> pd.DataFrame:
+def load_runs(store, *, n: str | None = None, c: str | None = None) -> pd.DataFrame:
     """Every run of a store `runs/NAME/*/run.json` as one row, whatever its status, in the order of the sweep's plan.
 
     Columns: run_id, name, status, reason, N, D, C, loss, bpb, seed, wall_seconds, `N_*` and `C_*` under the other
@@ -103,10 +111,10 @@ def load_runs(store, *, n: str = "nonemb_head", c: str = "model_causal") -> pd.D
     Planned cells that were never started (from `sweep.json`) have the status `planned`.
 
     Args:
-      n: which parameters `N` counts: nonemb_head (all but the input embedding), nonemb, total.
-      c: which FLOPs `C` counts: model_causal, model_full, hardware, 6nd.
+      n: which parameters `N` counts: nonemb_head (all but the input embedding; the default), nonemb, total.
+      c: which FLOPs `C` counts: model_causal (default), model_full, hardware, 6nd.
     """
-    store = Path(store)
+    store, n, c = Path(store), n or DEFAULT_N, c or DEFAULT_C
     if n not in N_ACCOUNTING or c not in C_ACCOUNTING:
         raise DataError(f"n={n!r}, c={c!r}: allowed are n in {sorted(N_ACCOUNTING)}, c in {sorted(C_ACCOUNTING)}")
     if not store.is_dir():
@@ -236,11 +244,15 @@ def load_curves(store, kind: str = "train") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["run_id", "kind", "step", "tokens", "flops", "loss"])
 
 
-def read(data, *, n: str = "nonemb_head", c: str = "model_causal") -> tuple[pd.DataFrame, str]:
+def read(data, *, n: str | None = None, c: str | None = None) -> tuple[pd.DataFrame, str]:
     """Reads a run store (directory), CSV (also .gz), parquet or data frame; returns the frame and what to call it.
 
-    CSV, parquet and frames may be exports of wandb (`wandb_export`).
+    CSV, parquet and frames may be exports of wandb (`wandb_export`). `n` and `c` as in `load_runs`: only a store has
+    several counts, so DataError for any other table.
     """
+    for flag, value in (("--n", n), ("--c", c)):
+        if value and (isinstance(data, pd.DataFrame) or Path(data).is_file()):
+            raise DataError(f"{flag} {value}: only a run store has several counts; name the column with --columns")
     if isinstance(data, pd.DataFrame):
         frame, source = data.copy() if data.index.is_unique else data.reset_index(drop=True), "data frame"
     elif Path(data).is_dir():
@@ -289,7 +301,7 @@ def rename(frame: pd.DataFrame, columns) -> pd.DataFrame:
             frame[name] = frame[value]
             continue
         try:
-            frame[name] = frame.eval(value)
+            frame[name] = _evaluate(frame, value)
         except Exception as err:
             raise DataError(
                 f"column {name}={value!r}: neither a column nor an expression over the columns {_names(frame)} ({err})"
@@ -297,9 +309,14 @@ def rename(frame: pd.DataFrame, columns) -> pd.DataFrame:
     return frame
 
 
+def _evaluate(frame: pd.DataFrame, expression: str):
+    """`frame.eval` with whole numbers as floats: as int64, 6*N*D of real runs wraps round at 2^63 without a word."""
+    return frame.astype(dict.fromkeys(frame.select_dtypes("integer"), float)).eval(expression)
+
+
 def load_table(
     data, *, required=("N", "D", "loss"), may_be_zero=(), columns=None, where: str | None = None, x_range=None,
-    drop_highest: int = 0, duplicates: str = "error", n: str = "nonemb_head", c: str = "model_causal",
+    drop_highest: int = 0, duplicates: str = "error", n: str | None = None, c: str | None = None,
 ) -> Table:  # fmt: skip
     """Reads, renames, filters and checks a table of runs.
 
@@ -319,15 +336,16 @@ def load_table(
     original, source = read(data, n=n, c=c)
     frame = rename(original, columns)
     store = not isinstance(data, pd.DataFrame) and Path(data).is_dir()
-    counts = {name: kind for name, kind in (("N", n), ("C", c)) if store and frame[name].equals(original[name])}
+    kinds = {"N": n or DEFAULT_N, "C": c or DEFAULT_C}
+    counts = {name: kind for name, kind in kinds.items() if store and frame[name].equals(original[name])}
     table = Table(frame, frame.iloc[:0].assign(reason=[]), source, counts=counts)
     if columns:
         table.filters.append(f"columns {columns}")
-    if "status" in frame and set(frame["status"].dropna()) <= STATUSES:
+    if "status" in frame:
         _exclude_unusable_runs(table)
     if where:
         try:
-            keep = table.rows.eval(where).astype(bool)
+            keep = _evaluate(table.rows, where).astype(bool)
         except Exception as err:
             raise DataError(f"where {where!r} is not a query over the columns {_names(frame)} ({err})") from err
         table.exclude(~keep, f"filtered: not ({where})")
@@ -349,7 +367,9 @@ def load_table(
         table.exclude(table.rows.index.isin(worst), f"one of the {drop_highest} highest losses")
         table.filters.append(f"drop-highest {drop_highest}")
     if table.rows.empty:
-        raise DataError(f"no row of {source} is left to fit: {_count_reasons(table.excluded)}")
+        raise DataError(
+            f"no row of {source} is left to fit: {count_reasons(table.excluded['reason']) or 'it is empty'}"
+        )
     return table
 
 
@@ -366,6 +386,15 @@ def check_comparable(table: Table) -> None:
 
 
 def _exclude_unusable_runs(table: Table) -> None:
+    """Keeps the runs whose `status` is done, or what wandb calls that; a status of another vocabulary is not used."""
+    status = table.rows["status"].replace(wandb_export.STATES)
+    unknown = sorted(set(status.dropna()) - STATUSES, key=str)
+    if unknown:
+        allowed = ", ".join(sorted(STATUSES | set(wandb_export.STATES)))
+        table.filters.append(f"column status not used: {unknown[0]!r} is none of {allowed}")
+        return
+    table.rows = table.rows.assign(status=status)
+
     def reason(row) -> str:
         note = f": {row['reason']}" if isinstance(row.get("reason"), str) and row["reason"] else ""
         if row["status"] in ("running", "preempted") and pd.notna(row.get("steps_done")):
@@ -419,7 +448,7 @@ def _positive_numbers(column: pd.Series, name: str, zero: bool) -> pd.Series:
         what = "empty" if pd.isna(value) else repr(value) if isinstance(value, str) else f"{value}"
         raise DataError(
             f"column {name!r}, row {row}: {what} is not a positive finite number ({bad.sum()} such rows); "
-            f"leave such rows out with --where"
+            f"leave such rows out, e.g. --where '0 < {name} < 1e30'"
         )
     return numbers
 
@@ -448,7 +477,8 @@ def _names(frame: pd.DataFrame) -> str:
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
-def _count_reasons(excluded: pd.DataFrame) -> str:
-    return (
-        "; ".join(f"{count} x {reason}" for reason, count in excluded["reason"].value_counts().items()) or "it is empty"
-    )
+def count_reasons(reasons, most: int = 4) -> str:
+    """'2 x diverged; 1 x failed' from the reasons of rows; the rarer ones are counted together."""
+    counts = pd.Series(list(reasons), dtype=object).value_counts()
+    parts = [f"{count} x {reason}" for reason, count in counts[:most].items()]
+    return "; ".join([*parts, *([f"{counts[most:].sum()} x other reasons"] if len(counts) > most else [])])

@@ -130,6 +130,7 @@ def main(args: argparse.Namespace) -> None:
     table = load_table(args.data, required=tuple(columns), may_be_zero=zero, **cli.table_options(args))
     check_comparable(table)
     rows = select(table, args.law, Options(seed=args.seed))
+    print(table.summary())
     print(text_table(rows))
     cli.write_json(args.out, rows)
 

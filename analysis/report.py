@@ -265,8 +265,9 @@ def main(args: argparse.Namespace) -> None:
     title = args.title or Path(args.store).resolve().stem
     context = build(table, curves=curves, base=args.base, axis=args.axis, options=options, title=title)
     context["command"] = args.command
-    if Path(args.store).is_dir():
-        context |= {"n_meaning": N_MEANING[args.n], "c_meaning": C_MEANING[args.c]}
+    for key, meaning in (("N", N_MEANING), ("C", C_MEANING)):
+        if key in table.counts:
+            context[f"{key.lower()}_meaning"] = meaning[table.counts[key]]
     Path(args.out).write_text(render(context))
     if args.figures:
         from analysis import plots  # matplotlib is slow to import

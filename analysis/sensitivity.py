@@ -44,9 +44,11 @@ def variations(law: Law, table: Table) -> list[tuple[str, np.ndarray, dict]]:
         out += [("without the dearest budget", _without(every, groups[-1]), {}),
                 ("without the cheapest budget", _without(every, groups[0]), {})]  # fmt: skip
         if "N" in rows:
-            N = rows["N"].to_numpy()
-            ends = np.concatenate([[group[np.argmin(N[group])], group[np.argmax(N[group])]] for group in groups])
-            out.append(("without both end sizes of each budget", _without(every, ends), {}))
+            N = rows["N"].to_numpy(float)  # a size may have several runs (seeds)
+            ends = [
+                group[(N[group] <= 1.001 * N[group].min()) | (N[group] >= 0.999 * N[group].max())] for group in groups
+            ]
+            out.append(("without both end sizes of each budget", _without(every, np.concatenate(ends)), {}))
     elif cost is not None:
         rank = cost.rank(pct=True).to_numpy()
         out += [("without the dearest fifth", rank <= 0.8, {}), ("without the cheapest fifth", rank > 0.2, {})]
@@ -163,11 +165,13 @@ def main(args: argparse.Namespace) -> None:
     cli.check_fit_arguments(args)
     cli.check_out(args.out)
     law = get_law(args.law)
+    cli.refuse_unread(law.name, {"--seed-noise": args.seed_noise is not None and law.fitter is None})
     table = load_table(args.data, required=law.columns, may_be_zero=law.may_be_zero, **cli.table_options(args))
     check_comparable(table)
     law.check(table.rows)
     options = cli.fit_options(args)
     rows = sensitivity(law, table, options)
+    print(table.summary())
     print(text_table(rows))
     cli.write_json(args.out, rows)
 

@@ -22,12 +22,12 @@ COMMANDS = {
     "analysis.bench": ([], ["--draws", "0", "--draws 0: must be positive"]),
     "analysis.compare": (
         [*NO_STORE, "--base", "a", "--variant", "b"],
-        ["--level", "1.5", "--level 1.5: must lie between 0 and 1"],
+        ["--seed-noise", "0", "--seed-noise 0.0: must be positive"],
     ),
     "analysis.envelope": (NO_STORE, ["--bootstrap", "-1", "--bootstrap -1: must be 0 or more"]),
     "analysis.experts": (["--run", "no_run", "--out", "x.svg"], ["no_run"]),
     "analysis.fit": ([*NO_DATA, "--law", "chinchilla"], ["--law", "chinchila", "law 'chinchila' is unknown"]),
-    "analysis.hyperparameters": (NO_DATA, ["--seed-noise", "0", "--seed-noise 0.0: must be positive"]),
+    "analysis.hyperparameters": (NO_DATA, ["--level", "1.5", "--level 1.5: must lie between 0 and 1"]),
     "analysis.inference": (
         ["--constants", "besiroglu", "--tokens", "1e12"],
         ["--tokens", "many", "--tokens 'many': expected numbers separated by commas"],
@@ -122,7 +122,7 @@ def test_bad_options_and_values_are_one_line(name, run, monkeypatch):
             assert_refused(run(name, *needed, action.option_strings[0], "many"), action.option_strings[0], "'many'")
 
 
-@pytest.mark.parametrize("name, argument", [("analysis.fit", "--seed"), ("analysis.hyperparameters", "--seed-noise")])
+@pytest.mark.parametrize("name, argument", [("analysis.fit", "--seed"), ("analysis.compare", "--seed-noise")])
 def test_not_even_nan_or_a_negative_number_slips_through(name, argument, run):
     assert_refused(run(name, *COMMANDS[name][0], argument, "-1" if argument == "--seed" else "nan"), f"{argument} ")
 

@@ -35,6 +35,8 @@ def test_filter_keeps_what_is_near_the_best_and_says_so():
     assert len(hyperparameters.near_optimal(table, 0.0).rows) == 9
     with pytest.raises(ValueError, match=r"tau 2.5: must lie in \[0, 1\)"):
         hyperparameters.near_optimal(table, 2.5)
+    named = load_table(grid().assign(size=lambda rows: "N" + rows["N"].astype(str)), required=("loss",))
+    assert len(hyperparameters.near_optimal(named, 0.0, by=("size", "D")).rows) == 9  # groups may have names
     with pytest.raises(ValueError, match="column 'C' is missing"):
         hyperparameters.near_optimal(table, 0.0025, by=("C",))
 

@@ -43,7 +43,8 @@ def test_command_line(tmp_path, capsys):
     pd.DataFrame(LAW.simulate()).to_csv(path, index=False)
     argv = ["--data", str(path), "--tokens", "0,1e12", "--bootstrap", "20"]
     assert cli.run(inference.main, inference.parser(), argv) == 0
-    first, second = capsys.readouterr().out.splitlines()[2:]
+    used, _, _, first, second = capsys.readouterr().out.splitlines()
+    assert used == f"60 rows of {path}"
     assert first.split()[-3:] != second.split()[-3:] and "[" in second
     assert "extrapolated" not in first  # the optimum of the dearest run's compute
     far = ["--data", str(path), "--tokens", "1e18", "--bootstrap", "0"]
@@ -52,6 +53,8 @@ def test_command_line(tmp_path, capsys):
     base = ["--constants", "besiroglu", "--tokens"]
     for more, message in (
         (["-1"], "--tokens '-1': must be 0 or more"),
+        (["1e12", "--loss", "0"], "--loss 0: must be positive"),
+        (["1e12", "--compute=-1e20"], "--compute -1e+20: must be positive"),
         (["1e12", "--loss", "1.5"], "must lie above the irreducible loss E = 1.817"),
     ):
         assert cli.run(inference.main, inference.parser(), [*base, *more]) == 2

@@ -35,7 +35,7 @@ def sparse_runs(noise=0.0, seed=1):
 
 def test_leverage_inverts_the_dense_law_and_flags_extrapolation():
     table, truth = sparse_runs()
-    found = frame(leverage(dense_runs(), table, options=OPTIONS))
+    found = frame(leverage(dense_runs(), table, options=OPTIONS)[0])
     merged = found.merge(table.rows.assign(truth=truth), on=["A", "G", "C"])
     assert len(merged) == 84
     np.testing.assert_allclose(merged["EL"], merged["truth"], rtol=1e-6)
@@ -43,7 +43,7 @@ def test_leverage_inverts_the_dense_law_and_flags_extrapolation():
     assert not far.any()
     short = dense_runs()
     short.rows = short.rows[short.rows["C"] < 2e20]
-    found = frame(leverage(short, table, options=OPTIONS)).merge(table.rows.assign(truth=truth), on=["A", "G", "C"])
+    found = frame(leverage(short, table, options=OPTIONS)[0]).merge(table.rows.assign(truth=truth), on=["A", "G", "C"])
     np.testing.assert_array_equal(found["extrapolated"], found["truth"] * found["C"] > short.rows["C"].max() * 1.0001)
     assert found["extrapolated"].any() and not found["extrapolated"].all()
 
@@ -52,7 +52,7 @@ def test_intervals_hold_the_true_leverage_and_the_table_can_be_fitted():
     inside = []
     for seed in range(4):
         table, truth = sparse_runs(2e-3, seed)
-        found = frame(leverage(dense_runs(2e-3, seed + 50), table, options=OPTIONS))
+        found = frame(leverage(dense_runs(2e-3, seed + 50), table, options=OPTIONS)[0])
         merged = found.merge(table.rows.assign(truth=truth), on=["A", "G", "C"])
         inside += list((merged["EL_lo"] <= merged["truth"]) & (merged["truth"] <= merged["EL_hi"]))
     # seven dense runs give the noise poorly, and all 84 rows share them
@@ -163,7 +163,11 @@ def test_the_command_says_what_it_counts_and_where_the_best_of_several_tries_cou
     assert "r4 " in printed and "again" not in printed
     assert "C: FLOP; loss: nats per token; no intervals" in printed
     assert "moe.csv: 1 of 4 sizes have several runs, the best of which counts" in printed
-    assert "dense.csv" not in printed.partition("note:")[2]
+    assert "dense.csv: 1" not in printed.partition("note:")[2]
+    assert cli.run(main, parser(), [*files[:-1], "50"]) == 0
+    assert (
+        "note: dense law: 4 rows for 2 parameters: bootstrap intervals may need 3.10 times" in capsys.readouterr().out
+    )
     rows.iloc[4:].assign(tokens_hash="b").to_csv(tmp_path / "moe.csv", index=False)
     assert cli.run(main, parser(), files) == 0  # the dense runs do not say on which tokens
     rows.iloc[:4].assign(tokens_hash="a").to_csv(tmp_path / "dense.csv", index=False)

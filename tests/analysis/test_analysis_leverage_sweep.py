@@ -11,7 +11,7 @@ import pytest
 import analysis
 from analysis import cli, leverage_plot
 from analysis.laws import get_law
-from analysis.leverage_laws import USUAL, claim, coverage, joint_law, report, verdict
+from analysis.leverage_laws import claim, coverage, joint_law, report, usual, verdict
 from analysis.leverage_sweep import average_repeats, gather, main, parser, seed_noise, sweep_leverages
 from analysis.load import load_table
 from analysis.result import Options
@@ -97,7 +97,7 @@ def test_an_outermost_best_size_is_flagged():
     found = sweep_leverages(table, "dense", "best", Options(bootstrap=50, seed_noise=1e-5))
     few = found.rows[found.rows["edge"] == "few"]
     assert few[["A", "budget"]].values.tolist() == [[0.6, BUDGETS[-1]]]
-    assert len(report(found)["activation"]) == 4 and len(found.where(USUAL).rows) == len(found.rows) - 1
+    assert len(report(found)["activation"]) == 4 and len(found.where(usual(found.rows)).rows) == len(found.rows) - 1
 
 
 def test_repeats_with_one_seed_are_no_seeds():
@@ -211,3 +211,22 @@ def test_command_line(tmp_path, capsys):
     ):
         assert cli.run(main, parser(), argv) == 2
         assert message in capsys.readouterr().err
+
+
+def test_own_runs_need_neither_granularity_nor_shared_experts():
+    def run(frame):
+        table = load_table(frame, required=("N", "C", "loss"))
+        return report(sweep_leverages(table, options=Options(bootstrap=50)))
+
+    rows = sweep(1e-4)
+    rows = rows[rows["G"] <= 2]
+    whole, plain = run(rows), run(rows.drop(columns=["G", "S"]))
+    assert [law["a"] for law in plain["activation"]] == [law["a"] for law in whole["activation"]]
+    assert not any("beat" in claim for claim in plain["claims"])
+    assert plain["claims"]["the joint law, extrapolated to these budgets"].startswith("cannot tell (0 of 0")
+    unshared = run(rows.assign(S=0.0))  # the shared ratio of most, whatever it is
+    assert [law["a"] for law in unshared["activation"]] == [law["a"] for law in whole["activation"]]
+    mixed = run(rows.assign(S=rows["S"].where(rows["A"] != 0.6, 0.0)))
+    assert any("in no law of A or G" in note and "moe-A0.6-G2" in note for note in mixed["notes"])
+    with pytest.raises(ValueError, match="column 'arch' is missing"):
+        run(rows.drop(columns="arch"))

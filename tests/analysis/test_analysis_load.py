@@ -248,3 +248,28 @@ def test_import_starts_no_jax():
     modules = "analysis.fit, analysis.compare, analysis.report, analysis.leverage, analysis.model_selection"
     code = f"import sys, {modules}; assert not {{'jax', 'flax', 'matplotlib', 'efficient_lm'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.quick
+def test_expressions_over_whole_numbers_do_not_wrap_round():
+    raw = pd.DataFrame({"N": [10**8, 2 * 10**9], "D": [10**10, 10**12], "loss": [3.0, 2.0]})
+    table = load_table(raw, columns="C=6*N*D", where="6*N*D > 1e20")
+    assert table.rows["C"].tolist() == [1.2e22]  # past 2^63: as int64 it is another number, or a negative one
+
+
+@pytest.mark.quick
+def test_a_status_column_of_other_words_excludes_or_is_named(tmp_path):
+    words = ["finished", "crashed", "done"]
+    table = load_table(GOOD.assign(state=words, loss=[4.0, None, 3.2]), columns="status=state")
+    assert table.excluded["reason"].tolist() == ["failed"] and "1 left out: 1 x failed" in table.summary()
+    table = load_table(GOOD.assign(status=["ok", "ok", "done"]))
+    assert len(table.rows) == 3 and "column status not used: 'ok' is none of" in table.filters[0]
+    assert table.summary() == "3 rows of data frame"
+    with pytest.raises(DataError, match="row 1: empty .* e.g. --where '0 < loss < 1e30'"):
+        load_table(GOOD.assign(loss=[4.0, None, 3.2]))
+
+
+@pytest.mark.quick
+def test_counts_are_refused_for_a_table_that_has_its_own():
+    with pytest.raises(DataError, match="--n total: only a run store has several counts"):
+        load_table(GOOD, n="total")

@@ -130,6 +130,8 @@ def test_crossover_of_two_power_laws():
     assert crossing["resolved"] and crossing["lo"] < 1e18 < crossing["hi"]
     assert crossing["value"] == pytest.approx(1e18, rel=0.1)
     assert "they cross at C = " in result["verdict"] and "its advantage grows with compute" in result["verdict"]
+    behind = frontier.compare(*found[::-1])
+    assert behind["judged"]["gain"]["value"] < 1 and "its lag grows with compute" in behind["verdict"]
 
 
 def test_compare_command_line(store, tmp_path, capsys):

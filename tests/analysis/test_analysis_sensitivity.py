@@ -46,6 +46,9 @@ def test_budgets_and_end_sizes_are_left_out():
     assert not any(row["refused"] for row in rows)
     for row in rows:
         assert row["values"]["a"]["value"] == pytest.approx(0.32 / 0.66, abs=0.08)
+    seeds = pd.concat([table.rows, table.rows.assign(loss=table.rows["loss"] + 1e-3)], ignore_index=True)
+    last = sensitivity.sensitivity("isoflop", as_table(seeds), Options(bootstrap=120))[-1]
+    assert last["n"] == 40  # every run of an end size goes, not one of them
     few = as_table(sweep(np.random.default_rng(0), 1e-3, budgets=(1e18, 1e19, 1e20), sizes=5))
     last = sensitivity.sensitivity("isoflop", few, OPTIONS)[-1]
     assert "budgets have a minimum" in last["refused"] and last["values"] == {}
