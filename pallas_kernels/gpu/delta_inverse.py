@@ -82,7 +82,8 @@ def chunk_inverses(k, v, gates, *, decay, group=GROUP, interpret=None):
             ref[...] = right
             plgpu.commit_smem()
             zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
-            return sum(add_products(*((zero, part, ref) for part in left), interpret=interpret))
+            first, *more = add_products(*((zero, part, ref) for part in left), interpret=interpret)
+            return sum(more, first)  # from nothing, `sum` adds a zero
 
         @pl.when(mine > 0)
         def _():
@@ -100,9 +101,10 @@ def chunk_inverses(k, v, gates, *, decay, group=GROUP, interpret=None):
             minus, minus_low = (plgpu.layout_cast(part, WGMMA) for part in two_parts(scores, jnp.float16))
             x = jnp.where(row == col, 1.0, jnp.where((row == col + 1) & ((row & 1) == 1), scores, 0.0))
             x = plgpu.layout_cast(x.astype(jnp.float16), WGMMA)
-            peaks = (jnp.max(jnp.abs(plgpu.load(ref, layout=WGMMA).astype(jnp.float32)), axis=1) for ref in v_tiles)
+            peaks = (jnp.max(jnp.abs(plgpu.load(ref, layout=WGMMA)), axis=1).astype(jnp.float32) for ref in v_tiles)
             peaks_ref.at[place(i)][...] = functools.reduce(jnp.maximum, peaks)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out[...] = minus_low  # read from shared memory when needed: registers are scarce
             plgpu.commit_smem()  # all have read this chunk
 
             @pl.when(i + 1 < mine)
@@ -115,7 +117,7 @@ def chunk_inverses(k, v, gates, *, decay, group=GROUP, interpret=None):
                 left_block = jnp.where(((row >> level) & 1) == 1, (row >> level) - 1, -1)
                 x = plgpu.layout_cast(jnp.where(left_block == (col >> level), z, x), WGMMA)
             x32 = x.astype(jnp.float32)
-            rest = jnp.where(row == col, 1.0, 0.0) - x32 + times((minus, minus_low), x, smem["x"].at[wg])
+            rest = jnp.where(row == col, 1.0, 0.0) - x32 + times((minus, out), x, smem["x"].at[wg])
             x32 = x32 + times((x,), rest.astype(jnp.float16), smem["y"].at[wg])
             out[...] = x32.astype(jnp.float16)
             plgpu.commit_smem()

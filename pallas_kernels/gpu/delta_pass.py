@@ -206,11 +206,13 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
                 if decay:
                     c_row, last = gate(slot, C), smem["gates"][slot, C, CHUNK - 1]
                     from_start = rows(jnp.exp2(c_row), ks.shape)
-                    ks = ks * from_start
+                    ks = ks * -from_start
                     qs = qs * from_start if with_output else None
                     kept = kept * jnp.exp2(last)
+                else:
+                    ks = 0.0 - ks  # `wanted - ks` would negate ks before its wait: ptxas then serialises all products
                 state = state * kept
-                us_tile[...] = ((wanted - ks) * rows(gate(slot, BETA), ks.shape)).astype(HALF)
+                us_tile[...] = ((wanted + ks) * rows(gate(slot, BETA), ks.shape)).astype(HALF)
                 plgpu.commit_smem()
                 u, = products((smem["inverse"].at[slot], us_tile))
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but `entering`; a barrier too: all have read `us`
@@ -266,7 +268,7 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
     Args: q, k, do [B, T, H, D]; init float32 [B, H, P, D, D], R of the last chunk of each piece, or None for zero;
       emit: "output", or "state" for nothing but `state`; the rest as `delta_forward`.
     Returns: dict with state float32 [B, H, P, D, D], R entering each piece from its first chunk; dv; and, times
-      `grad_units`, fp16, dv16 and leaving [B, H, N, D, D] = R of every chunk.
+      `grad_units`, fp16, minus_dv and leaving [B, H, N, D, D] = R of every chunk.
     """
     b_size, t_size, heads, k_size = k.shape
     v_size, dtype = do.shape[-1], k.dtype
@@ -282,9 +284,9 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                    pair=tile((n_wg, 2 * CHUNK, BLOCK), HALF), r16=tile((n_wg, k_size, BLOCK), HALF), inverse=squares,
                    a=squares, gates=plgpu.SMEM((stages, 3, CHUNK), jnp.float32))
     if with_output:
-        outs |= {"dv": jax.ShapeDtypeStruct(do.shape, dtype), "dv16": jax.ShapeDtypeStruct(do.shape, HALF),
+        outs |= {"dv": jax.ShapeDtypeStruct(do.shape, dtype), "minus_dv": jax.ShapeDtypeStruct(do.shape, HALF),
                  "leaving": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), HALF)}
-        scratch |= {name: tile((n_wg, CHUNK, BLOCK), outs[name].dtype) for name in ("dv", "dv16")}
+        scratch |= {name: tile((n_wg, CHUNK, BLOCK), outs[name].dtype) for name in ("dv", "minus_dv")}
 
     def body(*refs):
         names = (*operands, *outs)
@@ -358,20 +360,20 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                 du[...] = d_u.astype(HALF)
                 plgpu.commit_smem()
                 dr, = products((smem["inverse"].at[slot].transpose(T_CONTRACT), du))
-                dr = dr * rows(gate(slot, BETA), dr.shape)
+                minus = dr * -rows(gate(slot, BETA), dr.shape)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but `leaving`; a barrier too: all have read `du`
-                du[...] = (-dr * from_start if decay else -dr).astype(HALF)
+                du[...] = (minus * from_start if decay else minus).astype(HALF)
                 if with_output:
-                    smem["dv16"].at[wg][...] = dr.astype(HALF)
-                    smem["dv"].at[wg][...] = (dr * smem["gates"][slot, FACTORS, ONE]).astype(dtype)
+                    smem["minus_dv"].at[wg][...] = minus.astype(HALF)
+                    smem["dv"].at[wg][...] = (minus * -smem["gates"][slot, FACTORS, ONE]).astype(dtype)
                 plgpu.commit_smem()
                 if with_output:
-                    for name in ("dv", "dv16"):
+                    for name in ("dv", "minus_dv"):
                         plgpu.copy_smem_to_gmem(smem[name].at[wg], gmem[name].at[batch, here, head, cols])
                 r, = add_products((r, qk_tile.transpose(T_CONTRACT), pair), interpret=interpret)
                 r = r * jnp.exp2(first_c) if decay else r  # the first token's decay may be beyond fp16
                 if with_output:
-                    plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # all but `dv` and `dv16`
+                    plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # all but `dv` and `minus_dv`
                 r16[...] = r.astype(HALF)
                 release(empty.at[slot])
                 return r
@@ -384,7 +386,7 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                    grid=(heads * split, pieces, b_size), interpret=interpret)
 
 
-def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, gate_sums, interpret=None):
+def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, gate_sums, interpret=None):
     """dQ, dK and the row sums for the gates, all chunks in parallel.
 
     With S the state entering the chunk, R the gradient of the state leaving it, U and dV from the two walks:
@@ -398,7 +400,8 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, gate_su
     terms that all carry the decay across t, since differences of larger ones would not be known where it is strong.
     Scores of dQ and dK, and what `passed` sums, have two bf16 parts: against keys that look alike they cancel.
 
-    Args: gates with units of dO (times scale) and back from gradients; u, dv, entering, leaving fp16 from the walks.
+    Args: gates with units of dO (times scale) and back from gradients; u, minus_dv, entering, leaving fp16 from the
+      walks. The sign of dV comes with it: negating its products here would make ptxas serialise all of them ("C7514").
     Returns: dict with dq, dk; float32 dbeta [B, H, D/64, T], equal for the D/64 parts; and, if `gate_sums`, parts of
       GATE_SUMS of that shape, kept by channels of K instead of tokens.
     """
@@ -406,7 +409,7 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, gate_su
     dtype = k.dtype
     chunks = t_size // CHUNK
     n = size // BLOCK
-    operands = present(q=q, k=k, do=do, u=u, dv=dv, entering=entering, leaving=leaving, gates=gates)
+    operands = present(q=q, k=k, do=do, u=u, minus_dv=minus_dv, entering=entering, leaving=leaving, gates=gates)
     outs = {name: jax.ShapeDtypeStruct(k.shape, dtype) for name in ("dq", "dk")}
     sums = ("dbeta", *(GATE_SUMS if gate_sums else ()))
     outs |= {name: jax.ShapeDtypeStruct((b_size, heads, n, t_size), jnp.float32) for name in sums}
@@ -428,7 +431,7 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, gate_su
         here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
         first, second = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)
         (do_in, do_tile, low), (u_tile, pairs), (dv_tile, ones) = (smem[name] for name in ("do", "u", "dv"))
-        for name, ref in (("do", do_in), ("u", u_tile), ("dv", dv_tile)):
+        for name, ref in (("do", do_in), ("u", u_tile), ("minus_dv", dv_tile)):
             plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head], ref, values_in)
         plgpu.copy_gmem_to_smem(gmem["gates"].at[batch, head, chunk, pl.ds(0, FACTORS)], smem["gates"], values_in)
         unit, one = (gmem["gates"][batch, head, chunk, FACTORS, n] for n in (UNIT, ONE))
@@ -453,7 +456,7 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, gate_su
         held, g = split_diagonal(g)
         weights = plgpu.layout_cast(jnp.ones((CHUNK, CHUNK), jnp.float32), WGMMA)
         weights = decayed_scores(weights, c_row, c_tile, False)
-        da, g = da * weights, -g * weights
+        da, g = da * weights, g * weights
         q_tile, k_tile = smem["qk"].at[first], smem["qk"].at[second]
         plgpu.barrier_wait(states_in)
         if gate_sums:
@@ -462,12 +465,11 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, gate_su
         (da, da_low), (g, g_low) = two_parts(da, dtype), two_parts(g, dtype)
         smem["scores"].at[first][...], smem["scores"].at[second][...] = da, g
         beta = plgpu.load(smem["gates"].at[BETA], layout=WGMMA.reduce(1))
-        gmem["dbeta"].at[batch, head, part, here][...] = held * one / jnp.maximum(beta * beta, TINY)
+        gmem["dbeta"].at[batch, head, part, here][...] = held * -one / jnp.maximum(beta * beta, TINY)
         dq, written, erased = products((do_tile, turned(smem["entering"])), (u_tile, turned(smem["leaving"])),
                                        (dv_tile, turned(smem["entering"])))
         plgpu.commit_smem()  # a barrier: all have read the values
         low.at[first][...], low.at[second][...] = da_low, g_low
-        erased = -erased
         if decay:
             tot = smem["gates"][C, CHUNK - 1]
             from_start = rows(jnp.exp2(c_row), dq.shape)
@@ -477,13 +479,8 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, gate_su
             row, col = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA) for axis in (0, 1))
             pairs.at[first][...], pairs.at[second][...] = given
             ones[...] = jnp.where(row > col, 1.0, 0.0).astype(dtype)
-            kept = 0.0
-            for b in range(n):
-                s, r = (load(smem[name].at[:, pl.ds(b * BLOCK, BLOCK)]) for name in ("entering", "leaving"))
-                kept = kept + jnp.sum(s * r, axis=1)
             totals = {"read": jnp.sum(load(q_tile) * dq + load(k_tile) * erased, axis=1),
-                      "written": jnp.sum(load(k_tile) * written, axis=1),
-                      "kept": kept * jnp.exp2(tot) if decay else kept}
+                      "written": jnp.sum(load(k_tile) * written, axis=1)}
             zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
             sums = tuple((zero, ones, turned(pairs.at[half])) for half in (first, second))
         plgpu.commit_smem()
@@ -492,10 +489,15 @@ def delta_gradients(q, k, do, u, dv, entering, leaving, gates, *, decay, gate_su
             return ((dq, scores.at[first], k_tile), (erased, scores.at[second], k_tile),
                     (written, turned(scores), smem["qk"]))
 
-        dq, erased, written, *passed = add_products(*through(smem["scores"]), *sums, interpret=interpret)
-        dq, erased, written = add_products(*through(low), interpret=interpret)
+        dq, erased, written = add_products(*through(smem["scores"]), interpret=interpret)
+        dq, erased, written, *passed = add_products(*through(low), *sums, interpret=interpret)
         if gate_sums:
-            totals["passed"] = jnp.sum(jnp.where(row <= col, sum(passed), 0.0), axis=1)
+            kept = 0.0
+            for b in range(n):
+                s, r = (load(smem[name].at[:, pl.ds(b * BLOCK, BLOCK)]) for name in ("entering", "leaving"))
+                kept = kept + jnp.sum(s * r, axis=1)
+            totals["kept"] = kept * jnp.exp2(tot) if decay else kept
+            totals["passed"] = jnp.sum(jnp.where(row <= col, passed[0] + passed[1], 0.0), axis=1)
             for name in GATE_SUMS:
                 gmem[name].at[batch, head, part, here][...] = totals[name] * one
         own = rows(own, dq.shape)

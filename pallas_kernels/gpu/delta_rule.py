@@ -191,8 +191,8 @@ def _vjp_backward(scale, interpret, residuals, cotangents):
     split = value_programs(v) if pieces == 1 else 1
     back = delta_reverse(q, k, do, inverse, walk_gates, states, split=split, **options)
     grad_gates = _with_factors(gates, scale * unit, 1 / (unit * units))
-    grads = delta_gradients(q, k, do, u, back["dv16"], entering, back["leaving"], grad_gates, decay=decay is not None,
-                            gate_sums=gate_grad is not None, interpret=interpret)
+    grads = delta_gradients(q, k, do, u, back["minus_dv"], entering, back["leaving"], grad_gates,
+                            decay=decay is not None, gate_sums=gate_grad is not None, interpret=interpret)
     dbeta = grads["dbeta"][:, :, 0].transpose(0, 2, 1)
     ddecay = None if gate_grad is None else _decay_gradient([grads[name] for name in GATE_SUMS])
     return grads["dq"], grads["dk"], back["dv"], dbeta, ddecay, None if init is None else back["state"][:, :, 0]
