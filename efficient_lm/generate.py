@@ -110,6 +110,10 @@ def main(argv=None) -> int:
     data = open_data(cfg.data, seq_len=cfg.train.seq_len, batch_size=1, seed=cfg.seed, split="validation")
     if data.tokenizer is None:
         raise ConfigError(f"--run {args.run}: was trained on synthetic data {cfg.data.source!r}, which is no text")
+    trained = (metrics.read_json(Path(args.run) / "run.json") or {}).get("data") or {}
+    if trained.get("tokenizer_hash", data.tokenizer.hash) != data.tokenizer.hash:
+        where = cfg.data.path or cfg.data.tokenizer
+        raise ConfigError(f"--run {args.run}: {where!r} is another tokenizer now than that of the run; bring that back")
     prompts = [data.tokenizer.encode(text) for text in args.prompt]
     if not all(len(prompt) for prompt in prompts):
         raise ConfigError("--prompt '': must have at least one token")

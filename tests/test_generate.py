@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from efficient_lm import generate
+from efficient_lm import generate, metrics
 from efficient_lm.config import from_dict
 from efficient_lm.model import LM
 from efficient_lm.train import train
@@ -84,3 +84,9 @@ def test_command_line(tmp_path, capsys):
         assert generate.main(bad) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    # As when the directory of the data was made again, with another tokenizer.
+    info = metrics.read_json(tmp_path / "run" / "run.json")
+    info["data"]["tokenizer_hash"] = "other"
+    metrics.write_json(tmp_path / "run" / "run.json", info)
+    assert generate.main(["--run", str(tmp_path / "run"), "--prompt", "x"]) == 2
+    assert "'bytes' is another tokenizer now than that of the run" in capsys.readouterr().err
