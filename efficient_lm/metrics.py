@@ -134,6 +134,13 @@ def other_tokens(info: dict, spec: dict) -> bool:
     return bool(before) and before.get("tokens.bin") != now.get("tokens.bin")
 
 
+def require_own_tokens(run, cfg, spec: dict, advice: str = "bring those back") -> None:
+    """Raises ConfigError where the text of `spec` is not that which the run of `cfg` in directory `run` read."""
+    if other_tokens(read_json(Path(run) / "run.json") or {}, spec):
+        name = cfg.data.path or cfg.data.source
+        raise ConfigError(f"--run {run}: {name!r} holds other tokens now than the run was trained on; {advice}")
+
+
 def first_difference(there, here, path: str):
     """(path, value there, value here) of the first field that differs between nested dicts, or None."""
     if not (isinstance(there, dict) and isinstance(here, dict)):

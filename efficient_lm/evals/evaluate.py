@@ -62,11 +62,7 @@ def evaluate_run(run, specs=(), *, lengths=(), rows=1024, vocab_size=0, step=0, 
     result = {"run_id": configs.run_id(cfg), "step": step or _last_step(run), "made": metrics.utc_now()}
     if validation:
         own = train.open_split(cfg, "validation", max(1, BATCH_TOKENS // cfg.train.seq_len))
-        if metrics.other_tokens(metrics.read_json(Path(run) / "run.json") or {}, own.spec):
-            raise ConfigError(
-                f"--run {run}: {cfg.data.path or cfg.data.source!r} holds other tokens now than the run was trained "
-                "on; bring those back, or leave them out with --no-validation"
-            )
+        metrics.require_own_tokens(run, cfg, own.spec, "bring those back, or leave them out with --no-validation")
         scores = score(own)
         bpb = scores["loss"] / math.log(2) / own.bytes_per_token
         result["validation"] = {"perplexity": math.exp(min(scores["loss"], 700)), "bpb": bpb, **scores}

@@ -56,6 +56,7 @@ def measure(run, steps, *, methods, curves, dials, percent: float, tokens: int, 
     for step in steps:
         cfg, _, params = load_run(run, step)
         validation = validation or Validation(cfg, tokens, calibration_tokens, devices)
+        metrics.require_own_tokens(run, cfg, validation.spec)
         facts = _facts(run, cfg, step, steps[-1])
         for name in dict.fromkeys([*methods, *curves]):
             measured = Measured(cfg, params, validation, name)

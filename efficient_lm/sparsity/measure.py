@@ -32,6 +32,7 @@ class Validation:
         fits = cfg.mesh.fsdp * cfg.mesh.tensor <= len(devices)  # else as many as there are, data-parallel
         self.mesh = sharding.make_mesh(cfg.mesh if fits else configs.MeshConfig(), rows, devices)
         data = train.open_split(cfg, "validation", rows)
+        self.spec = data.spec
         count = min(len(data), max(1, round(tokens / (rows * cfg.train.seq_len))))
         batches = [train.fields_used(cfg, data[k]) for k in range(count)]
         self.real = [batch["loss_mask"] > 0 for batch in batches]

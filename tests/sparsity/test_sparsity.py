@@ -3,13 +3,14 @@
 import functools
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm import checkpoint
+from efficient_lm import checkpoint, metrics
 from efficient_lm.generate import load_run
 from efficient_lm.layers import Linear, Maker
 from efficient_lm.sparsity import METHODS, Measured, __main__, maps
@@ -172,6 +173,14 @@ def test_the_command_writes_rows_of_all_checkpoints_and_goes_on(run, tmp_path, c
     assert all(r["D"] == r["step"] * 64 and r["activation"] == "relu" for r in rows)
     before = out.read_text()
     assert __main__.main(command) == 0 and out.read_text() == before
+
+
+def test_nothing_is_measured_on_other_text_than_that_of_training(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    info = metrics.read_json(run / "run.json")
+    metrics.write_json(tmp_path / "run" / "run.json", info | {"data": {"sha256": {"tokens.bin": "another"}}})
+    assert __main__.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "rows.jsonl")]) == 2
+    assert "'zipf_markov' holds other tokens now than the run was trained on" in capsys.readouterr().err
 
 
 @pytest.mark.quick
