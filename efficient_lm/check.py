@@ -1,14 +1,38 @@
 """Checks of a config that need the registries or more than one field; part of `config.from_dict`."""
 
 import dataclasses
+import re
 
 from efficient_lm import blocks, ffn, mixers, norms
+from efficient_lm.config import ModelConfig
 from efficient_lm.data import tasks
 from efficient_lm.data.batches import load_sources
 from efficient_lm.layers import layer_specs
 from efficient_lm.optim import OPTIMIZERS, SCHEDULES
 from efficient_lm.probes import PROBES
 from efficient_lm.schema import ConfigError, build, nearest
+
+
+def require_sections(values: dict) -> None:
+    """Raises ConfigError for a setting of a mixer or ffn that stands beside their sections, as in model.n_heads = 4."""
+    model = values.get("model")
+    if not hasattr(model, "items"):
+        return
+    own = {field.name for field in dataclasses.fields(ModelConfig)}
+    for name in [name for name in model if name not in own]:
+        homes = [
+            f"{section}.{kind}"
+            for section, registry in (("mixers", mixers.MIXERS), ("ffns", ffn.FFNS))
+            for kind in registry
+            if any(name == field.name for field in dataclasses.fields(registry[kind].Config))
+        ]
+        if homes:
+            used = {"dense", *re.findall(r"\w+", str(model.get("pattern", "attention")))}
+            home = next((home for home in homes if home.partition(".")[2] in used), homes[0])
+            raise ConfigError(
+                f"config.model.{name} = {model[name]!r}: is a setting of single mixers or ffns; did you mean "
+                f"'config.model.{home}.{name}'?"
+            )
 
 
 def resolve(config):

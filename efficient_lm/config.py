@@ -162,7 +162,11 @@ class Config:
 
 def from_dict(values) -> Config:
     """A checked Config from a nested mapping (a ConfigDict, a dict, config.json). Raises ConfigError."""
-    config = build(Config, values.to_dict() if hasattr(values, "to_dict") else dict(values))
+    from efficient_lm import check  # reads the registries, and imports users of this module
+
+    values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
+    check.require_sections(values)
+    config = build(Config, values)
     sys.path.insert(0, os.getcwd())
     try:
         for plugin in config.model.plugins:
@@ -172,8 +176,6 @@ def from_dict(values) -> Config:
                 raise ConfigError(f"config.model.plugins = {plugin!r}: cannot be imported ({error})") from None
     finally:
         sys.path.remove(os.getcwd())
-    from efficient_lm import check  # reads the registries, so after the plugins; and it imports this module's users
-
     return check.resolve(config)
 
 

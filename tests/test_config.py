@@ -112,6 +112,16 @@ def test_settings_of_unused_mixers_do_not_change_the_run():
     assert run_id(plain) == run_id(extra)
 
 
+def test_a_setting_of_a_mixer_beside_the_mixers_is_told_its_place():
+    for spec, given, home in (
+        ("configs/dense.py:tiny", "n_heads", "mixers.attention.n_heads"),
+        ("configs/gla.py:tiny", "n_heads", "mixers.gla.n_heads"),
+        ("configs/dense.py:tiny", "activation", "ffns.dense.activation"),
+    ):
+        with pytest.raises(ConfigError, match=f"config.model.{given} = 2: .*did you mean 'config.model.{home}'"):
+            load(spec, {f"model.{given}": 2})
+
+
 def test_overrides_without_effect_are_named(capsys):
     spec, settings = "configs/dense.py:tiny", {"model.mixers.gla.n_heads": "2", "model.mixers.attention.n_heads": "2"}
     assert run_id(load(spec, settings)) == run_id(load(spec, {"model.mixers.attention.n_heads": 2}))
