@@ -120,6 +120,34 @@ def compute_law(leverages: Leverages) -> dict[str, np.ndarray]:
     return {"a": found[:, 0], "c": found[:, 1]}
 
 
+def hangs_on(leverages: Leverages) -> list[float]:
+    """Budgets without which the exponent of `compute_law` may be 0, where with all of them its interval excludes 0."""
+
+    def resolved(part: Leverages) -> bool:
+        if part.rows["budget"].nunique() < 2:
+            return False
+        a = intervals(compute_law(part), part.level)["a"]
+        return a["lo"] > 0 or a["hi"] < 0
+
+    budgets = sorted(map(float, leverages.rows["budget"].unique()))
+    return [one for one in budgets if resolved(leverages) and not resolved(leverages.where(f"budget != {one}"))]
+
+
+def sparsity_steps(leverages: Leverages) -> list[dict]:
+    """EL of each activation ratio over that of the next larger one, at each budget; `bound`: one is a lower bound."""
+    out = []
+    for budget, part in leverages.rows.groupby("budget"):
+        order = part.sort_values("A", ascending=False).index
+        for large, small in zip(order, order[1:], strict=False):
+            ratio = np.exp(leverages.log[:, small] - leverages.log[:, large])
+            pair = part.loc[[small, large]]
+            out.append({
+                "budget": float(budget), "A": float(pair["A"].iloc[0]), "of": float(pair["A"].iloc[1]),
+                "ratio": interval(ratio[0], ratio[1:], leverages.level), "bound": bool((pair["edge"] != "").any()),
+            })  # fmt: skip
+    return out
+
+
 def intervals(law: dict[str, np.ndarray], level: float) -> dict[str, dict]:
     return {name: interval(draws[0], draws[1:], level) for name, draws in law.items() if name != "A_m"}
 
@@ -205,12 +233,16 @@ def report(leverages: Leverages) -> dict:
     activation = each(activation_law, ["budget"], same_grain + alike, ("A", 3))
     granularity = each(granularity_law, ["budget", "A"], alike, ("G", 3))
     compute = each(compute_law, ["arch"], SIZES, ("budget", 2))
+    for law in compute:
+        law["hangs_on"] = hangs_on(leverages.where(f"arch == {law['arch']!r} and {SIZES}"))
+    sturdy = [{"lo": 0.0, "hi": 0.0} if law["hangs_on"] else law["a"] for law in compute]
     finest = each(finest_gain, ["budget", "A"], alike, ("G", 2))
     out |= {"activation": activation, "granularity": granularity, "finest": finest, "compute": compute}
+    out["steps"] = sparsity_steps(leverages.where(same_grain + alike))
     finer = claim([law["gain"] for law in finest], 1)
     out["claims"] = {
         "leverage grows as fewer experts are active": claim([law["a"] for law in activation], -1),
-        "leverage grows with compute": claim([law["a"] for law in compute], 1),
+        "leverage grows with compute": claim(sturdy, 1),
         **({f"experts of G = {rows['G'].max():g} beat those of G = {coarse:g}": finer} if np.isfinite(coarse) else {}),
         "the joint law, extrapolated to these budgets": coverage(rows.assign(published=published(rows))),
     }

@@ -237,6 +237,11 @@ def text(found: dict) -> str:
     lines.append(f"\nln EL = a ln(A + A_s), the coarsest experts{_few(found['activation'], 'three activation ratios')}")
     for law in found["activation"]:
         lines.append(f"  C {number(law['budget'])}: a {with_interval(law['a'])}, A_s {with_interval(law['A_s'])}")
+    for step in found["steps"]:
+        lines.append(
+            f"  C {number(step['budget'])}: EL at A {step['A']:.3g} over that at {step['of']:.3g} "
+            f"{with_interval(step['ratio'])}{'   one or both a lower bound' if step['bound'] else ''}"
+        )
     lines.append(f"ln EL = a + b g (g + c), g = log2 G{_few(found['granularity'], 'three granularities')}")
     for law in found["granularity"]:
         lines.append(
@@ -247,7 +252,9 @@ def text(found: dict) -> str:
         gain = with_interval({key: np.exp(law["gain"][key]) for key in ("value", "lo", "hi")})
         lines.append(f"  C {number(law['budget'])}, A {law['A']:.3g}: EL of the finest over the coarsest {gain}")
     lines.append("ln EL = a ln C + c")
-    lines += [f"  {law['arch']}: a {with_interval(law['a'])}" for law in found["compute"]]
+    for law in found["compute"]:
+        without = f"   not resolved without {' or '.join(map(number, law['hangs_on']))} FLOP" if law["hangs_on"] else ""
+        lines.append(f"  {law['arch']}: a {with_interval(law['a'])}{without}")
     lines.append("published claims (2507.17702; those runs took 3e18 to 3e20 FLOP)")
     lines += [f"  {what}: {answer}" for what, answer in found["claims"].items()]
     notes = [f"note: {note}" for note in found["notes"]]

@@ -11,7 +11,17 @@ import pytest
 import analysis
 from analysis import cli, leverage_plot
 from analysis.laws import get_law
-from analysis.leverage_laws import claim, coverage, joint_law, report, usual, verdict
+from analysis.leverage_laws import (
+    Leverages,
+    claim,
+    coverage,
+    hangs_on,
+    joint_law,
+    report,
+    sparsity_steps,
+    usual,
+    verdict,
+)
 from analysis.leverage_sweep import average_repeats, gather, main, parser, seed_noise, sweep_leverages
 from analysis.load import load_table
 from analysis.result import Options
@@ -191,6 +201,30 @@ def test_what_the_published_law_gives_is_looked_up_in_each_interval():
     assert coverage(rows) == "cannot tell (3 of 4 intervals hold it)" and coverage(rows[:3]).startswith("agree (3 of 3")
     assert coverage(rows[3:]).startswith("disagree (0 of 1")
     assert coverage(rows.assign(edge="small")).startswith("cannot tell (0 of 0")
+
+
+def test_growth_that_one_budget_makes_is_said_to_hang_on_it():
+    """Exponents count as published only where they stay resolved whichever budget is left out."""
+    rng, C = np.random.default_rng(0), np.array(BUDGETS)
+    for EL, budgets in (((2.0, 2.0, 2.0, 4.0), [BUDGETS[-1]]), (2.0 * (C / 1e13) ** 0.2, []), ((2.0,) * 4, [])):
+        rows = pd.DataFrame({"arch": "moe", "budget": C, "C": C, "EL": EL, "edge": ""})
+        draws = np.array(EL) * np.exp(0.05 * rng.standard_normal((400, 4)))
+        assert hangs_on(Leverages(rows, draws, [], 0.95, None)) == budgets
+    assert hangs_on(Leverages(rows.assign(EL=C)[:2], np.tile(C[:2], (9, 1)), [], 0.95, None)) == list(BUDGETS[:2])
+
+
+def test_steps_from_one_activation_ratio_to_the_next():
+    found, truth = measured(1e-5)
+    shared = found.where("G == 2")
+    known = dict(
+        zip(zip(shared.rows["budget"], shared.rows["A"], strict=True), truth[found.rows["G"] == 2], strict=True)
+    )
+    steps = sparsity_steps(shared)
+    assert len(steps) == 16 and not any(step["bound"] for step in steps)
+    for step in steps:
+        assert step["A"] < step["of"]
+        expected = known[step["budget"], step["A"]] / known[step["budget"], step["of"]]
+        assert step["ratio"]["value"] == pytest.approx(expected, rel=5e-3)
 
 
 def test_command_line(tmp_path, capsys):
