@@ -8,6 +8,7 @@ from collections import deque
 import jax
 
 from efficient_lm import config as configs
+from efficient_lm import sharding
 from efficient_lm.metrics import RunDir
 from efficient_lm.schema import ConfigError, to_dict
 
@@ -220,4 +221,28 @@ def _start_wandb(run: RunDir):
         config=to_dict(run.cfg),
         resume="allow",
         settings=wandb.Settings(silent=True, console="off"),
+    )
+
+
+def describe(cfg, mesh, spec: dict, validated: int, params: dict, flops: dict, start: int) -> None:
+    """Print what is derived from the config; `spec` of the training data, `validated` tokens of an evaluation."""
+    tokens = cfg.train.steps * cfg.train.batch_size * cfg.train.seq_len
+    trained = params["non_embedding"] + params["head"]
+    epoch = spec.get("epoch_tokens")
+    print(
+        f"run         {configs.run_id(cfg)} {cfg.name}".rstrip()
+        + (f", resumes at step {start}" if start else "")
+        + "\n"
+        f"parameters  {params['total']:,} = {params['non_embedding']:,} in blocks + {params['embedding']:,} embedding"
+        + (" (tied)" if cfg.model.tie_embeddings else f" + {params['head']:,} head")
+        + (f"; active {params['active']:,}" if params["active"] != trained else "")
+        + f"\ntokens      {tokens:,} = {tokens / trained:.3g} per parameter, from {cfg.data.source}"
+        + (f" ({tokens / epoch:.3g} epochs)" if epoch else "")
+        + f"; {validated:,} to validate on"
+        + (", all there are" if validated < cfg.data.validation_tokens else "")
+        + f"\nFLOPs       {flops['model_causal']:.4g} per token (causal; 6N = {flops['6n']:.4g}), "
+        f"{flops['model_causal'] * tokens:.4g} in all"
+        f"\ndevices     {mesh.size} {mesh.devices.flat[0].device_kind} ({sharding.describe(mesh)}), "
+        f"compute in {cfg.model.dtype}",
+        flush=True,
     )

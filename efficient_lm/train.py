@@ -27,7 +27,7 @@ from efficient_lm.layers import wide
 from efficient_lm.model import LM
 from efficient_lm.optim import make_optimizer, make_schedule, warmup_steps
 from efficient_lm.probes.run import Prober, due, next_step
-from efficient_lm.recorder import Diverged, Recorder
+from efficient_lm.recorder import Diverged, Recorder, describe
 from efficient_lm.schema import ConfigError
 from efficient_lm.upcycle import upcycled
 
@@ -193,6 +193,7 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     data = open_split(cfg, "train", opts.batch_size)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     validation = open_split(cfg, "validation", -(-max(micro_rows, EVAL_TOKENS // opts.seq_len) // shards) * shards)
+    validated = validation.spec.get("epoch_tokens", cfg.data.validation_tokens)
 
     # The state: of this run's last checkpoint, or of a trunk's, or fresh.
     init, key = jax.jit(make_init(lm, cfg, optimizer)), jax.random.key(cfg.seed)  # jit: traced once for all uses
@@ -245,14 +246,15 @@ def _train(cfg: Config, run: metrics.RunDir, devices, should_stop) -> dict:
     peak = hardware.peak_flops(mesh.devices.flat[0].device_kind, cfg.model.dtype)
     peak = peak and peak * mesh.size
     if run.writer:
-        describe(cfg, mesh, data, params, flops_per_token, start)
+        describe(cfg, mesh, data.spec, validated, params, flops_per_token, start)
     run.begin(
         **{"run_id": run_id(cfg), "name": cfg.name, "status": "running", "reason": None, "sweep": cfg.sweep},
         **{"seed": cfg.seed, "steps_total": steps, "params": params, "flops_per_token": flops_per_token},
         **{"final_loss": None, "final_bpb": None, "final_accuracy": None},
         **{"state_bytes": decode_state_bytes(cfg, opts.seq_len)},
         **{"hardware": hardware.describe(mesh), "peak_flops": peak, "mesh": run.meshes(sharding.describe(mesh), start)},
-        **{"versions": metrics.versions(), "code_hash": run.code_hashes(start), "data": data.spec},
+        **{"versions": metrics.versions(), "code_hash": run.code_hashes(start)},
+        **{"data": data.spec, "validation_tokens": validated},
     )
     recorder = Recorder(
         run,
@@ -374,24 +376,6 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def describe(cfg: Config, mesh, data, params, flops, start) -> None:
-    """Print what is derived from the config."""
-    tokens = cfg.train.steps * cfg.train.batch_size * cfg.train.seq_len
-    trained = params["non_embedding"] + params["head"]
-    print(
-        f"run         {run_id(cfg)} {cfg.name}".rstrip() + (f", resumes at step {start}" if start else "") + "\n"
-        f"parameters  {params['total']:,} = {params['non_embedding']:,} in blocks + {params['embedding']:,} embedding"
-        + (" (tied)" if cfg.model.tie_embeddings else f" + {params['head']:,} head")
-        + (f"; active {params['active']:,}" if params["active"] != trained else "")
-        + f"\ntokens      {tokens:,} = {tokens / trained:.3g} per parameter, from {cfg.data.source}"
-        f"\nFLOPs       {flops['model_causal']:.4g} per token (causal; 6N = {flops['6n']:.4g}), "
-        f"{flops['model_causal'] * tokens:.4g} in all"
-        f"\ndevices     {mesh.size} {mesh.devices.flat[0].device_kind} ({sharding.describe(mesh)}), "
-        f"compute in {cfg.model.dtype}",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 RUN_KEYS = """run_id name status reason sweep seed steps_done steps_total tokens params flops_per_token flops final_loss
 final_bpb final_accuracy state_bytes hardware mesh versions code_hash
-data started updated wall_seconds mean_step_seconds peak_flops""".split()
+data validation_tokens started updated wall_seconds mean_step_seconds peak_flops""".split()
 
 
 @pytest.mark.quick
@@ -28,7 +28,7 @@ def test_a_finished_run_has_everything(small, train_one, tmp_path):
     assert (info["run_id"], info["status"], info["name"]) == (run_id(cfg), "done", "test")
     assert info["sweep"] == {"arch": "dense", "budget": 1e9}
     assert info["tokens"] == 12 * 4 * 16 and info["steps_done"] == info["steps_total"] == 12
-    assert info["peak_flops"] is None and info["mean_step_seconds"] > 0
+    assert info["validation_tokens"] == 256 and info["peak_flops"] is None and info["mean_step_seconds"] > 0
     for name, per_token in info["flops_per_token"].items():
         assert info["flops"][name] == per_token * info["tokens"]
     rows = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")

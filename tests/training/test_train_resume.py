@@ -106,15 +106,19 @@ def test_command_line_saves_on_sigterm_resumes_and_knows_when_it_is_done(tmp_pat
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps_done"] == 1200
 
 
-def test_resuming_on_other_tokens_is_refused(small, train_one, tmp_path):
+def test_resuming_on_other_tokens_is_refused(small, train_one, tmp_path, capsys):
     def prepare(text):
         documents = [f"{text} {i} ".encode() * 40 for i in range(40)]
         stores.write(tmp_path / "data", documents, ByteTokenizer(), name="mine", about={}, overwrite=True)
 
     prepared = {"data.source": "prepared", "data.path": str(tmp_path / "data"), "data.vocab_size": 64}
-    cfg = small(**prepared, **{"model.vocab_size": 256})
+    cfg = small(**prepared, **{"model.vocab_size": 256, "data.validation_tokens": 100000})
     prepare("one")
-    train_one(cfg, tmp_path / "run", should_stop=lambda step: step == 6)
+    info = train_one(cfg, tmp_path / "run", should_stop=lambda step: step == 6)
+    # Text has an end, of which the first lines speak.
+    epochs, held_out = 12 * 4 * 16 / info["data"]["epoch_tokens"], info["validation_tokens"]
+    assert f"({epochs:.3g} epochs); {held_out:,} to validate on, all there are\n" in capsys.readouterr().out
+    assert 0 < held_out < 2000 and held_out % 16 == 0
     before = (tmp_path / "run" / "run.json").read_bytes()
     prepare("two")
     with pytest.raises(ConfigError, match=r"config\.data = '.*data': holds other tokens .* up to step 6"):
