@@ -86,6 +86,8 @@ def summary(cells, store: Store, ran: int, seconds: float) -> str:
             lines.append(f"{state}: {cell.label} ({cell.run_id}): {store.run(cell.run_id).get('reason')}")
     if "failed" in by_state:
         lines.append("failed cells run again with --resume")
+    if by_state.keys() & {"preempted", "missing", "stale"}:
+        lines.append("the same command goes on with what is left")
     versions, texts = Counter(), {}
     for cell in by_state.get("done", []):
         run, data = store.run(cell.run_id), cell.config.data

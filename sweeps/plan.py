@@ -209,12 +209,17 @@ def _plan_of(sweep, spec: str, overrides: dict) -> Plan:
     # Overrides from a command line are text, and must mean the same here and in the commands that `launch` prints.
     overrides = {k: configs.parse_literal(v) if isinstance(v, str) else v for k, v in overrides.items()}
     path = spec.partition(":")[0]
-    plan = Plan(os.path.splitext(os.path.basename(path))[0], spec, [])
+    plan, replaced = Plan(os.path.splitext(os.path.basename(path))[0], spec, []), []
     if isinstance(sweep, IsoFlop):
         sweep = dataclasses.replace(sweep, extra={**sweep.extra, **overrides})
         cells, plan.dropped, plan.warnings = sweep.cells(spec)
     else:
-        cells = [dataclasses.replace(cell, overrides={**cell.overrides, **overrides}) for cell in as_cells(sweep)]
+        cells = as_cells(sweep)
+        for key, value in overrides.items():
+            count = sum(cell.overrides.get(key, value) != value for cell in cells)
+            replaced += [f"config.{key} = {value}: replaces what {count} of {len(cells)} cells set"] if count else []
+        cells = [dataclasses.replace(cell, overrides={**cell.overrides, **overrides}) for cell in cells]
+        plan.warnings += replaced
     if not cells:
         raise ConfigError(f"sweep = {spec!r}: has no cells" + "".join(f"; {note}" for note in plan.dropped[:3]))
     bases, seen = {}, {}
@@ -226,7 +231,7 @@ def _plan_of(sweep, spec: str, overrides: dict) -> Plan:
         if planned.run_id in seen:
             raise ConfigError(
                 f"sweep = {spec!r}: cells {seen[planned.run_id]} and {index} are the same run ({cell.describe()}); "
-                "give them different fields or seeds"
+                + "; ".join(["give them different fields or seeds", *replaced])
             )
         seen[planned.run_id] = index
         plan.cells.append(planned)

@@ -134,6 +134,8 @@ def test_stale_and_preempted_cells_run_again(make_sweep, tmp_path):
     gone = {"pid": 999999999, "process_start": None, "host": os.uname().nodename}
     write_json(store.run_dir(plan.cells[1].run_id) / "worker.json", gone)
     assert states(plan, store) == ["preempted", "stale"]
+    goes_on = "the same command goes on with what is left"
+    assert goes_on in launch.summary(plan.cells, store, 0, 0.0)
     assert run(plan, store, workers=1) == 0
 
 

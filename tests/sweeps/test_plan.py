@@ -365,6 +365,16 @@ def test_overrides_that_no_cell_uses_are_one_warning_each(sweep_file, capsys):
     assert warnings("--where", "arch == 'gla'") == [note.format("attention"), unused]
 
 
+def test_overrides_of_what_cells_set_are_named(sweep_file):
+    path = sweep_file("def get_sweep(): return [{'model.d_model': d, 'train.steps': 9} for d in (16, 32)]")
+    plan = make_plan(path, {"train.steps": "5"})
+    assert plan.warnings == ["config.train.steps = 5: replaces what 2 of 2 cells set"]
+    assert [cell.steps for cell in plan.cells] == [5, 5]
+    assert not make_plan(path, {"train.steps": "9"}).warnings
+    with pytest.raises(ConfigError, match=r"are the same run .*d_model = 32: replaces what 1 of 2 cells"):
+        make_plan(path, {"model.d_model": "32"})
+
+
 RECORDED = """
     def get_sweep():
         import json, os, pathlib
