@@ -42,7 +42,8 @@ def upcycled(run: str, lm: LM, fresh):
         values = [_expanded(dense, key, leaf, where) for key in _keys(lm, name)]
         value = jnp.stack(values) if name.startswith("pattern/") else values[0]
         if value.shape != leaf.shape:
-            raise ConfigError(f"{where}: {name} is {value.shape} there, which can't become {leaf.shape}")
+            width = "; d_expert must be the d_ff of the dense run" if "/experts/" in name else ""
+            raise ConfigError(f"{where}: {name} is {value.shape} there, which can't become {leaf.shape}{width}")
         return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(one, fresh)
