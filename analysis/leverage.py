@@ -7,9 +7,10 @@
     python -m analysis.leverage --wanted 7 --at G=12,C=1e22          # only the activation ratio
 
 From runs: a power law L = k C^-gamma goes through the best dense run of each budget, and is inverted at the loss of
-each sparse run: EL = C_dense / C. A loss outside those of the dense runs is marked as extrapolated. The table that is
-written can be fitted: `python -m analysis.fit --law leverage --data el.csv`. For a sweep with several sizes per budget
-`analysis.leverage_sweep` says more.
+each sparse run: EL = C_dense / C. Where losses have a floor that law is too straight, and leverages bend: too high
+amid the dense budgets, too low at their ends. `--law power` has a floor; it takes 5 budgets. A loss outside those of
+the dense runs is marked as extrapolated. The table that is written can be fitted: `python -m analysis.fit --law
+leverage --data el.csv`. For a sweep with several sizes per budget `analysis.leverage_sweep` says more.
 """
 
 import argparse
@@ -142,7 +143,7 @@ def parser() -> Parser:
         "--law",
         choices=("power0", "power"),
         default="power0",
-        help="dense law: power0, as in the paper (default), or power, with a floor: it takes 5 budgets",
+        help="dense law: power0, as in the paper (default), or power: where losses have a floor power0 bends leverages",
     )
     out.add_argument("--out", metavar="EL.CSV", help="write the table, to be fitted by the laws leverage_*")
     out.add_argument("--at", metavar="A=,G=,C=", help="evaluate the published law there instead")

@@ -15,7 +15,8 @@ from tests.analysis.coverage import TRUTH, as_table, coverage, sweep
 
 
 @pytest.mark.parametrize(
-    ("name", "simulations"), [("parametric", 400), ("isoflop", 400), ("holdout", 134), ("gain", 134)]
+    ("name", "simulations"),
+    [("parametric", 400), ("isoflop", 400), ("holdout", 134), ("gain", 134), ("leverage", 134)],
 )
 def test_nominal_90_percent_covers_85_to_95(name, simulations):
     """The share over fixed simulations itself lies within 85-95 %.
