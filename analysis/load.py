@@ -132,22 +132,40 @@ def load_runs(store, *, n: str | None = None, c: str | None = None) -> pd.DataFr
         frame[column] = pd.to_numeric(frame.get(column), errors="coerce")
     frame["N"], frame["C"] = frame[N_ACCOUNTING[n]], frame[C_ACCOUNTING[c]]
     first = ["run_id", "name", "status", "reason", "N", "D", "C", "loss", "bpb", "seed", "wall_seconds"]
-    return frame[[*first, *(k for k in frame if k not in first)]]
+    return frame.reindex(columns=[*first, *(k for k in frame if k not in first)])
 
 
-def read_record(path: Path):
-    """What a JSON file of a run holds. Raises DataError, and OSError."""
+def read_record(path: Path) -> dict:
+    """The object in a JSON file of a run. Raises DataError where it holds something else, and OSError."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return value
+
+
+def read_lines(path: Path, needed=()) -> list[dict]:
+    """The objects of a file, one a line. Raises DataError naming a line that lacks one of `needed`, and OSError."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        missing = [name for name in needed if name not in row] if isinstance(row, dict) else ["key: not an object"]
+        if missing:
+            raise DataError(f"{path}, line {number}: has no {', '.join(missing)}")
+        rows.append(row)
+    return rows
 
 
 def made_by(directory: Path) -> dict:
     """Where and by which sources a run was trained: device, code_hash, mean_step_seconds; None where unknown."""
     try:
-        run = json.loads((directory / "run.json").read_text())
-    except (OSError, ValueError):  # never started, or killed before the first write
+        run = read_record(directory / "run.json")
+    except (OSError, DataError):  # never started, or killed before the first write
         run = {}
     device = (run.get("hardware") or {}).get("device_kind")
     return {"device": device} | {name: run.get(name) for name in ("code_hash", "mean_step_seconds")}
@@ -155,9 +173,7 @@ def made_by(directory: Path) -> dict:
 
 def _run_row(path: Path) -> dict | None:
     try:
-        run = json.loads((path / "run.json").read_text())
-        if not isinstance(run, dict):
-            raise ValueError("not an object")
+        run = read_record(path / "run.json")
     except FileNotFoundError:
         if not (path / "config.json").exists():
             return None
@@ -166,8 +182,8 @@ def _run_row(path: Path) -> dict | None:
             "status": "unreadable",
             "reason": "no run.json (killed before the first write)",
         }
-    except ValueError as err:
-        return {"run_id": path.name, "status": "unreadable", "reason": f"run.json is not valid JSON ({err})"}
+    except DataError as err:
+        return {"run_id": path.name, "status": "unreadable", "reason": str(err).removeprefix(f"{path}/")}
     params, flops, data = (run.get(key) or {} for key in ("params", "flops", "data"))
     tokenizer = data.get("tokenizer")
     parts = [data.get("name"), tokenizer.get("name") if isinstance(tokenizer, dict) else tokenizer]
@@ -198,8 +214,8 @@ def _run_row(path: Path) -> dict | None:
 
 def _planned_rows(store: Path) -> list[dict]:
     try:
-        cells = json.loads((store / "sweep.json").read_text()).get("cells", [])
-    except (FileNotFoundError, ValueError, AttributeError):
+        cells = read_record(store / "sweep.json").get("cells", [])
+    except FileNotFoundError:
         return []
     rows = []
     for cell in cells:

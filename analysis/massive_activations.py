@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import cli, emergence
-from analysis.load import DataError, load_curves, read_record
+from analysis.load import DataError, load_curves, read_lines, read_record
 from pallas_kernels.commands import Parser
 
 FACTS = (
@@ -60,7 +60,7 @@ def _lines(paths) -> list[dict]:
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"--store {path}: no such store or file")
-        lines = _of_store(path) if path.is_dir() else _of_file(path)
+        lines = _of_store(path) if path.is_dir() else read_lines(path, (*FACTS, "steps", "probes"))
         found |= {line["run_id"]: line for line in lines}
     if not found:
         raise DataError(f"--store {' '.join(map(str, paths))}: no run with rows of kind 'probe'")
@@ -103,20 +103,6 @@ def _first_block(model: dict) -> tuple[str, str]:
 
 def _rounded(row):
     return [None if value is None else float(f"{value:.5g}") for value in row]
-
-
-def _of_file(path: Path) -> list[dict]:
-    lines = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
-        try:
-            line = json.loads(text)
-            missing = [name for name in (*FACTS, "steps", "probes") if name not in line]
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-        if missing:
-            raise DataError(f"{path}, line {number}: not a line of --save, without {', '.join(missing)}")
-        lines.append(line)
-    return lines
 
 
 def _rows(line: dict) -> pd.DataFrame:

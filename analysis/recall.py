@@ -12,7 +12,6 @@ and state (`best_rates`). An interval is the t interval of the mean over seeds, 
 import argparse
 import base64
 import io
-import json
 import re
 import sys
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis import cli
-from analysis.load import DataError, read_record
+from analysis.load import DataError, read_lines, read_record
 from pallas_kernels.commands import Parser
 
 COLUMNS = (
@@ -48,24 +47,13 @@ def load(paths) -> tuple[pd.DataFrame, pd.DataFrame]:
             found, left_out = _store_rows(path)
             rows, excluded = rows + found, excluded + left_out
         elif path.is_file():
-            rows += _file_rows(path)
+            rows += [{name: row[name] for name in COLUMNS} for row in read_lines(path, COLUMNS)]
         else:
             raise DataError(f"--store {path}: no such store or file")
     if not rows:
         raise DataError(f"--store {' '.join(map(str, paths))}: no finished run that was trained on a task")
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values(["task", "arch", "state_bytes", "seed", "length"])
     return table.reset_index(drop=True), pd.DataFrame(excluded, columns=("run_id", "arch", "reason"))
-
-
-def _file_rows(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append({name: row[name] for name in COLUMNS})
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: not a row with {', '.join(COLUMNS)} ({error})") from None
-    return rows
 
 
 def _store_rows(store: Path) -> tuple[list[dict], list[dict]]:

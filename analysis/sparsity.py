@@ -11,7 +11,6 @@ of a law the jackknife that leaves out one run at a time.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from analysis import cli
 from analysis.activations import mean_interval
 from analysis.fit import fit_law
 from analysis.laws import get_law
-from analysis.load import DataError, load_table
+from analysis.load import DataError, load_table, read_lines
 from analysis.result import Fit, Options
 from analysis.tables import with_interval
 from pallas_kernels.commands import Parser
@@ -46,15 +45,7 @@ def load(paths) -> pd.DataFrame:
     for path in map(Path, paths):
         if not path.is_file():
             raise DataError(f"--rows {path}: no such file")
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                row = json.loads(line)
-                missing = [name for name in NEEDED if name not in row]
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-            if missing:
-                raise DataError(f"{path}, line {number}: has no {missing[0]!r}")
-            rows.append(row)
+        rows += read_lines(path, NEEDED)
     if not rows:
         raise DataError(f"--rows {' '.join(map(str, paths))}: no rows")
     frame = pd.DataFrame(rows)

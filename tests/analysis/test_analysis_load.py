@@ -9,7 +9,16 @@ import pandas as pd
 import pytest
 
 from analysis.fit import fit_law, summary
-from analysis.load import DataError, check_comparable, load_curves, load_runs, load_table
+from analysis.load import (
+    DataError,
+    check_comparable,
+    load_curves,
+    load_runs,
+    load_table,
+    made_by,
+    read_lines,
+    read_record,
+)
 from analysis.result import Options
 from tests.analysis import synthetic_store
 
@@ -26,7 +35,7 @@ def test_every_run_of_a_store_is_used_or_listed(store):
     assert reasons["running0"] == "unfinished (running at step 40 of 100)"
     assert reasons["preempted0"] == "unfinished (preempted at step 40 of 100)"
     assert reasons["noloss0"] == "done, but final_loss is missing"
-    assert "not valid JSON" in reasons["torn0"]
+    assert "run.json: not JSON" in reasons["torn0"]
     assert "no run.json" in reasons["started0"]
     assert reasons["never0"] == "planned, not run"
     assert len(reasons) == 8
@@ -273,3 +282,21 @@ def test_a_status_column_of_other_words_excludes_or_is_named(tmp_path):
 def test_counts_are_refused_for_a_table_that_has_its_own():
     with pytest.raises(DataError, match="--n total: only a run store has several counts"):
         load_table(GOOD, n="total")
+
+
+@pytest.mark.quick
+def test_files_that_hold_no_object_are_named(tmp_path):
+    run = tmp_path / "r1"
+    run.mkdir()
+    (run / "run.json").write_text("[1]")
+    with pytest.raises(DataError, match="r1/run.json: not a JSON object"):
+        read_record(run / "run.json")
+    assert load_runs(tmp_path)["reason"].tolist() == ["run.json: not a JSON object"]
+    assert made_by(run)["device"] is None
+    (tmp_path / "sweep.json").write_text('{"cells": [')  # which cells were planned is not known: no silent none
+    with pytest.raises(DataError, match="sweep.json: not JSON"):
+        load_runs(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"a": 1, "b": 2}\n{"a": 1}\n')
+    assert read_lines(tmp_path / "rows.jsonl", ("a",)) == [{"a": 1, "b": 2}, {"a": 1}]
+    with pytest.raises(DataError, match="rows.jsonl, line 2: has no b"):
+        read_lines(tmp_path / "rows.jsonl", ("a", "b"))

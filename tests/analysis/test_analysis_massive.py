@@ -113,7 +113,7 @@ def test_the_command_fits_and_draws(store, tmp_path, capsys):
 @pytest.mark.quick
 def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"run_id": "a"}\n')
-    with pytest.raises(DataError, match="x.jsonl, line 1: not a line of --save, without size"):
+    with pytest.raises(DataError, match="x.jsonl, line 1: has no size"):
         massive_activations.load([tmp_path / "x.jsonl"])
     assert cli.run(massive_activations.main, massive_activations.parser(), ["--store", str(tmp_path)]) == 2
     assert "no run with rows of kind 'probe'" in capsys.readouterr().err

@@ -159,7 +159,7 @@ def test_the_page_is_self_contained_and_rows_redraw_it(store, tmp_path):
     [
         (["--store", "nowhere", "--out", "a.html"], "--store nowhere: no such store or file"),
         (["--store", "empty", "--out", "a.html"], "--store empty: no finished run that was trained on a task"),
-        (["--store", "bad.jsonl", "--out", "a.html"], "bad.jsonl, line 2: not a row with run_id, task"),
+        (["--store", "bad.jsonl", "--out", "a.html"], "bad.jsonl, line 2: has no run_id, task"),
         (["--store", "empty"], "nothing to write: give --out, --svg or --save"),
         (["--store", "empty", "--out", "a.html", "--level", "1.5"], "--level 1.5: must be between 0 and 1"),
     ],

@@ -112,7 +112,7 @@ def test_arms_that_start_from_the_same_runs_are_paired(tmp_path, capsys):
 def test_rows_that_are_none_are_refused(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"run_id": "x"}\n')
-    with pytest.raises(DataError, match="bad.jsonl, line 1: has no 'activation'"):
+    with pytest.raises(DataError, match="bad.jsonl, line 1: has no activation"):
         sparsity.load([bad])
     with pytest.raises(DataError, match="no such file"):
         sparsity.load([tmp_path / "none"])
