@@ -119,6 +119,9 @@ def _check_train(config):
     rows = train.batch_size // train.grad_accum
     if rows % mesh.fsdp:
         raise ConfigError(f"config.mesh.fsdp = {mesh.fsdp}: must divide batch_size / grad_accum = {rows}")
+    for name in ("beta1", "beta2"):
+        if getattr(config.optim, name) == 1.0:
+            raise ConfigError(f"config.optim.{name} = 1.0: must be below 1")
     if config.optim.warmup + config.optim.decay > 1 and config.optim.schedule in ("wsd", "linear"):
         raise ConfigError(
             f"config.optim.decay = {config.optim.decay}: warmup + decay must be at most 1 (warmup = "

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import operator
 import os
 import sys
 import traceback
@@ -20,6 +21,18 @@ from efficient_lm.schema import ConfigError, build, section, setting, to_dict, w
 
 # Leads the hash of every run: raise it when the meaning of a config changes without its fields changing.
 RUN_ID_VERSION = 1
+
+# field: (another field, its values with which nothing reads the first)
+UNREAD = {
+    "optim.decay": ("optim.schedule", ("cosine", "constant")),
+    "optim.final_lr": ("optim.schedule", ("constant",)),
+    "model.base_width": ("model.parametrization", ("standard", "sigma")),
+    "model.depth_alpha": ("model.base_depth", (0,)),
+    "data.vocab_size": ("data.source", ("sotu", "stdlib", "prepared")),
+    "probes.every": ("probes.names", ((),)),
+    "probes.rows": ("probes.names", ((),)),
+    "log.project": ("log.wandb", ("off",)),
+}
 
 
 @dataclass(frozen=True)
@@ -196,10 +209,16 @@ def load(spec: str, overrides=()) -> Config:
 def without_effect(found: list[Config], overrides: dict) -> list[str]:
     """A line for each setting that does nothing in any of the configs `found`.
 
-    Overrides for a mixer or ffn that no layer uses; experts to be split over the devices of a mesh axis with one.
+    Overrides for a mixer or ffn that no layer uses, and of fields that another one switches off; experts to be split
+    over the devices of a mesh axis with one.
     """
     lines = []
     for key, value in overrides.items():
+        if key in UNREAD:
+            other, off = UNREAD[key]
+            settings = [operator.attrgetter(other)(config) for config in found]
+            if all(setting in off for setting in settings):
+                lines.append(f"config.{key} = {value}: has no effect with config.{other} = {settings[0]!r}")
         if key.startswith(("model.mixers.", "model.ffns.")):
             section, name = key.split(".")[1:3]
             if not any(name in getattr(config.model, section) for config in found):

@@ -26,6 +26,7 @@ BAD = {
     "NaN": ({"optim": {"lr": float("nan")}}, ["config.optim.lr", "nan"]),
     "below": ({"train": {"batch_size": 0}}, ["config.train.batch_size", "0", "at least 1"]),
     "above": ({"optim": {"warmup": 1.5}}, ["config.optim.warmup", "1.5", "at most 1"]),
+    "no decay": ({"optim": {"beta2": 1}}, ["config.optim.beta2", "1.0", "below 1"]),
     "choice": ({"model": {"dtype": "float8"}}, ["config.model.dtype", "'float8'", "bfloat16, float32"]),
     "section is no section": ({"model": 3}, ["config.model", "3", "section"]),
     "heads": (
@@ -127,6 +128,17 @@ def test_overrides_without_effect_are_named(capsys):
     assert run_id(load(spec, settings)) == run_id(load(spec, {"model.mixers.attention.n_heads": 2}))
     noted = capsys.readouterr().err.splitlines()
     assert noted == ["note: config.model.mixers.gla.n_heads = 2: has no effect, no layer uses 'gla'"]
+
+
+def test_overrides_that_another_field_switches_off_are_named(capsys):
+    off = {"optim.decay": 0.5, "model.base_width": 32, "probes.every": 9, "data.vocab_size": 99}
+    load("configs/dense.py:tiny", off | {"optim.schedule": "cosine"})
+    named = [line.partition(": has no effect with config.")[2] for line in capsys.readouterr().err.splitlines()]
+    assert named == ["optim.schedule = 'cosine'", "model.parametrization = 'standard'", "probes.names = ()",
+                     "data.source = 'sotu'"]  # fmt: skip
+    on = {"optim.schedule": "wsd", "model.parametrization": "mup", "probes.names": "massive"}
+    load("configs/dense.py:tiny", off | on | {"data.source": "zipf_markov"})
+    assert not capsys.readouterr().err
 
 
 def test_experts_split_over_one_device_are_named(capsys):
