@@ -63,7 +63,8 @@ def _run(op, implementation, arrays, *, output_final_state, chunk_size, **option
     if name in ("xla", "pallas_tpu"):
         options["chunk_size"] = chunk_size
     if name != "pallas_gpu":
-        options.pop("min_log_decay", None)
+        for promise in ("min_log_decay", "max_beta"):  # only kernels of GPUs make use of them
+            options.pop(promise, None)
     if name == "xla":
         options["output_final_state"] = output_final_state
     o, final_state = function(**arrays, **options)
@@ -124,7 +125,7 @@ def linear_attention(q, k, v, log_decay=None, *, scale=None, bonus=None, normali
     return readout.linear_attention(run, q, k, v, **readout_options)
 
 
-def delta_rule(q, k, v, beta, log_decay=None, *, scale=None, initial_state=None, segment_ids=None,
+def delta_rule(q, k, v, beta, log_decay=None, *, scale=None, max_beta=2.0, initial_state=None, segment_ids=None,
                output_final_state=False, chunk_size=None, implementation=None, qk_l2norm=False):
     """S' = exp(log_decay_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, o_t = scale S_t^T q_t.
 
@@ -135,6 +136,8 @@ def delta_rule(q, k, v, beta, log_decay=None, *, scale=None, initial_state=None,
     Args:
       q: [B, T, Hk, K].  k: [B, n T, Hk, K].  v: [B, n T, H, V].  beta: [B, n T, H]. With n > 1, rows n t to
         n t + n - 1 are the n steps of token t, taken one after the other after one decay (DeltaProduct, 2502.10297).
+      max_beta: a promise that beta |k|^2 is nowhere higher, at most 2. Up to 1, as for a sigmoid and normalised keys,
+        GPU kernels spare digits that only reflections need.
       Others: see the module's conventions.
     """
     b, t, h = q.shape[0], q.shape[1], v.shape[2]
@@ -142,6 +145,8 @@ def delta_rule(q, k, v, beta, log_decay=None, *, scale=None, initial_state=None,
     if k.shape[1] != steps_per_token * t or steps_per_token == 0:
         _fail("k.shape[1]", k.shape[1], f"must be a whole multiple of T = {t}")
     _check_shape("beta", beta, (b, k.shape[1], h))
+    if not 0 < max_beta <= 2:
+        _fail("max_beta", max_beta, "must be above 0 and at most 2")
     _check_shape("log_decay", log_decay, (h,), (b, t, h), (b, t, h, q.shape[-1]))
     _check_shape("segment_ids", segment_ids, (b, t))
     if qk_l2norm:
@@ -153,8 +158,8 @@ def delta_rule(q, k, v, beta, log_decay=None, *, scale=None, initial_state=None,
     _check_qkv(q, k, v)
     _check_options(q, v, initial_state, segment_ids, chunk_size)
     arrays = dict(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state, segment_ids=segment_ids)
-    o, final_state = _run("delta_rule", implementation, arrays, scale=scale, output_final_state=output_final_state,
-                          chunk_size=chunk_size)
+    o, final_state = _run("delta_rule", implementation, arrays, scale=scale, max_beta=max_beta,
+                          output_final_state=output_final_state, chunk_size=chunk_size)
     return o[:, steps_per_token - 1::steps_per_token], final_state
 
 

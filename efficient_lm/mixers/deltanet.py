@@ -36,6 +36,9 @@ class DeltaNetConfig(OperatorConfig):
     allow_neg_eigval: bool = setting(False, "beta in (0, 2) instead of (0, 1)")
     output_gate: bool = setting(False, "multiply the normed output by SiLU(x W_g)")
 
+    def options(self) -> dict:
+        return super().options() | {"max_beta": 2.0 if self.allow_neg_eigval else 1.0}
+
 
 @MIXERS.register("deltanet")
 class DeltaNet(Recurrent):

@@ -40,6 +40,9 @@ class GatedDeltaNetConfig(OperatorConfig):
     allow_neg_eigval: bool = setting(False, "beta in (0, 2) instead of (0, 1)")
     n_householder: int = setting(1, "delta steps per token", low=1)
 
+    def options(self) -> dict:
+        return super().options() | {"max_beta": 2.0 if self.allow_neg_eigval else 1.0}
+
     def widths(self, d_model: int) -> tuple[int, int]:
         """(key channels, value channels) of all heads."""
         return round(d_model * self.expand_k), round(d_model * self.expand_v)

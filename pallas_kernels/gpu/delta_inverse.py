@@ -4,7 +4,8 @@ With c the in-chunk cumulative log2 decay: T = (I + diag(beta) M)^-1, M = strict
 inverse of the diagonal blocks of size 2b comes from those of size b: X <- X - (X L X)_off, with _off the lower left
 b x b blocks. Only inverses are multiplied, never powers of L. Operands are fp16: entries of the inverse stay moderate
 for beta |k|^2 <= 2. One step of Newton's at the end, X <- X + X (I - X - L X) with L in two fp16 parts, leaves no more
-than the rounding of the result: where keys look alike, T alternates in sign, and sums of T times anything cancel.
+than the rounding of the result: where keys look alike and beta is above 1, T alternates in sign, and sums of T times
+anything cancel. Up to 1 it is left out: X as it is has the smaller residual, an exact inverse of a rounded L.
 
 Every multiprocessor holds one program, whose warpgroups take chunks in turn on their own: what bounds them is issuing
 instructions, so the masks of a level come from one comparison, and the next chunk is on its way meanwhile.
@@ -35,10 +36,10 @@ PROGRAMS = 132  # multiprocessors of an H100 or H200
 GROUP = 3  # warpgroups of a program: 168 registers a thread; four spill
 
 
-def chunk_inverses(k, v, gates, *, decay, group=GROUP, interpret=None):
+def chunk_inverses(k, v, gates, *, decay, refine, group=GROUP, interpret=None):
     """T of every chunk of k [B, T, H, K], and the largest magnitude of each token's v [B, T, H, V] while at it.
 
-    Args: gates float32 [B, H, N, 2, 64], c and beta.
+    Args: gates float32 [B, H, N, 2, 64], c and beta; refine: whether to take Newton's step.
     Returns: T [B, H, N, 64, 64] fp16, peaks float32 [B, H, N, 64].
     """
     b_size, t_size, heads, k_size = k.shape
@@ -57,7 +58,7 @@ def chunk_inverses(k, v, gates, *, decay, group=GROUP, interpret=None):
         out=square,
     )
 
-    def body(k_ref, v_ref, gates_ref, out_ref, peaks_ref, smem, loaded):
+    def invert(k_ref, v_ref, gates_ref, out_ref, peaks_ref, smem, loaded):
         wg = lax.axis_index("wg")
         worker = lax.axis_index("program") * group + wg
         mine = lax.div(items - worker + workers - 1, jnp.int32(workers))
@@ -100,33 +101,37 @@ def chunk_inverses(k, v, gates, *, decay, group=GROUP, interpret=None):
             scores = -(scores * rows(plgpu.load(smem["gates"].at[wg, 1], layout=WGMMA.reduce(1)), scores.shape))
             minus, minus_low = (plgpu.layout_cast(part, WGMMA) for part in two_parts(scores, jnp.float16))
             x = jnp.where(row == col, 1.0, jnp.where((row == col + 1) & ((row & 1) == 1), scores, 0.0))
-            x = plgpu.layout_cast(x.astype(jnp.float16), WGMMA)
+            x = plgpu.layout_cast(x, WGMMA)
             peaks = (jnp.max(jnp.abs(plgpu.load(ref, layout=WGMMA)), axis=1).astype(jnp.float32) for ref in v_tiles)
             peaks_ref.at[place(i)][...] = functools.reduce(jnp.maximum, peaks)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out[...] = minus_low  # read from shared memory when needed: registers are scarce
+            if refine:
+                out[...] = minus_low  # read from shared memory when needed: registers are scarce
             plgpu.commit_smem()  # all have read this chunk
 
             @pl.when(i + 1 < mine)
             def _():
                 load(i + 1)
 
-            for level in range(1, 6):
-                z = times((minus,), x, smem["x"].at[wg]).astype(jnp.float16)
-                z = times((x,), z, smem["y"].at[wg]).astype(jnp.float16)
+            for level in range(1, 6):  # x stays float32: selects of fp16 are converted one by one
+                half = x.astype(jnp.float16)
+                z = times((minus,), half, smem["x"].at[wg]).astype(jnp.float16)
+                z = times((half,), z, smem["y"].at[wg])
                 left_block = jnp.where(((row >> level) & 1) == 1, (row >> level) - 1, -1)
                 x = plgpu.layout_cast(jnp.where(left_block == (col >> level), z, x), WGMMA)
-            x32 = x.astype(jnp.float32)
-            rest = jnp.where(row == col, 1.0, 0.0) - x32 + times((minus, out), x, smem["x"].at[wg])
-            x32 = x32 + times((x,), rest.astype(jnp.float16), smem["y"].at[wg])
-            out[...] = x32.astype(jnp.float16)
+            x = x.astype(jnp.float16)
+            if refine:
+                x32 = x.astype(jnp.float32)
+                rest = jnp.where(row == col, 1.0, 0.0) - x32 + times((minus, out), x, smem["x"].at[wg])
+                x = (x32 + times((x,), rest.astype(jnp.float16), smem["y"].at[wg])).astype(jnp.float16)
+            out[...] = x
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out, out_ref.at[place(i)])
 
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
-        body,
+        invert,
         out_type=(
             jax.ShapeDtypeStruct((b_size, heads, chunks, CHUNK, CHUNK), jnp.float16),
             jax.ShapeDtypeStruct((b_size, heads, chunks, CHUNK), jnp.float32),

@@ -45,6 +45,7 @@ HALF = jnp.float16
 C, BETA, FACTORS = 0, 1, 2  # rows of the gates
 GATE_SUMS = "passed", "read", "written", "kept"
 UNIT, ONE, NEXT_UNITS, NEXT_ONE = range(4)  # a factor that makes units, one back, units of the next chunk, one of them
+DO_UNIT, GRAD_ONE = 2, 3  # backwards: UNIT times the scale, and from a product of gradients and values back
 OPTIONS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256, unsafe_no_auto_barriers=True)
 
 
@@ -136,7 +137,7 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
         outs["u"] = jax.ShapeDtypeStruct(v.shape, HALF)
         outs["entering"] = jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), HALF)
 
-    def body(*refs):
+    def walk(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
         smem, full, empty, ready = refs[len(names):]
@@ -252,12 +253,11 @@ def delta_forward(q, k, v, inverse, gates, init, *, decay, scale, pieces=1, spli
                         gmem[name].at[batch, head, piece, :, cols][...] = state  # noqa: B023
             plgpu.wait_smem_to_gmem(0)
 
-    return _launch(body, operands, outs, scratch, n_wg=n_wg, stages=stages, arrivals=3 + with_output + n_wg,
+    return _launch(walk, operands, outs, scratch, n_wg=n_wg, stages=stages, arrivals=3 + with_output + n_wg,
                    grid=(heads * groups, pieces, b_size), interpret=interpret)
 
 
-def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, split=1, emit="output", stages=2,
-                  interpret=None):
+def delta_reverse(q, k, do, inverse, gates, init, *, decay, pieces=1, split=1, emit="output", stages=2, interpret=None):
     """dV, in a walk from the end of the sequence with R, the gradient of the state, in registers.
 
     With T as above and R the gradient of the state leaving the chunk:
@@ -288,7 +288,7 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
                  "leaving": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size, v_size), HALF)}
         scratch |= {name: tile((n_wg, CHUNK, BLOCK), outs[name].dtype) for name in ("dv", "minus_dv")}
 
-    def body(*refs):
+    def walk_back(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
         smem, full, empty, ready = refs[len(names):]
@@ -309,7 +309,7 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
             return plgpu.load(smem["gates"].at[slot, index], layout=WGMMA.reduce(1))
 
         def prepare(slot):
-            unit = smem["gates"][slot, FACTORS, UNIT] * scale
+            unit = smem["gates"][slot, FACTORS, DO_UNIT]
             for half in (first, second):
                 _halve(*(ref.at[slot, half] for ref in smem["qk"]))
             for w in range(n_wg):
@@ -382,11 +382,11 @@ def delta_reverse(q, k, do, inverse, gates, init, *, decay, scale, pieces=1, spl
             gmem["state"].at[batch, head, piece, :, cols][...] = r * factors[ONE]
             plgpu.wait_smem_to_gmem(0)
 
-    return _launch(body, operands, outs, scratch, n_wg=n_wg, stages=stages, arrivals=4 + n_wg,
+    return _launch(walk_back, operands, outs, scratch, n_wg=n_wg, stages=stages, arrivals=4 + n_wg,
                    grid=(heads * split, pieces, b_size), interpret=interpret)
 
 
-def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, gate_sums, interpret=None):
+def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, gate_sums, reflects, interpret=None):
     """dQ, dK and the row sums for the gates, all chunks in parallel.
 
     With S the state entering the chunk, R the gradient of the state leaving it, U and dV from the two walks:
@@ -398,10 +398,12 @@ def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, g
       passed_t = sum_{j < t <= i} (dA * Q K^T + G * K K^T)_ij,   read_i = (Q * dQ + K * dK)_i from S, over i >= t,
       written_j = (K * dK)_j from R, over j < t,                 kept = 2^c_63 <S, R>:
     terms that all carry the decay across t, since differences of larger ones would not be known where it is strong.
-    Scores of dQ and dK, and what `passed` sums, have two bf16 parts: against keys that look alike they cancel.
+    Scores of dQ, what `passed` sums and, where beta `reflects`, scores of dK have two bf16 parts: against keys that
+    look alike they cancel.
 
-    Args: gates with units of dO (times scale) and back from gradients; u, minus_dv, entering, leaving fp16 from the
+    Args: gates as for `delta_reverse`; u, minus_dv, entering, leaving fp16 from the
       walks. The sign of dV comes with it: negating its products here would make ptxas serialise all of them ("C7514").
+      reflects: whether beta may exceed 1.
     Returns: dict with dq, dk; float32 dbeta [B, H, D/64, T], equal for the D/64 parts; and, if `gate_sums`, parts of
       GATE_SUMS of that shape, kept by channels of K instead of tokens.
     """
@@ -416,12 +418,13 @@ def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, g
     wide = tile((CHUNK, size), HALF)
     scores = tile((2 * CHUNK, CHUNK), dtype)
     # Values, when spent, make room for low parts of scores and for sums, so that two programs share a processor.
-    scratch = {"do": plgpu.RefUnion(tile((CHUNK, size), dtype), wide, scores), "u": plgpu.RefUnion(wide, scores),
-               "dv": plgpu.RefUnion(wide, tile((CHUNK, CHUNK), dtype)), "entering": wide, "leaving": wide,
-               "scores": scores,
-                "qk": tile((2 * CHUNK, BLOCK), dtype), "gates": plgpu.SMEM((FACTORS, CHUNK), jnp.float32)}
+    two_wide = tile((CHUNK, 2 * CHUNK), dtype)
+    spent = {"do": (tile((CHUNK, size), dtype), wide, scores), "u": (wide, two_wide), "dv": (wide, two_wide)}
+    scratch = {"entering": wide, "leaving": wide, "scores": scores, "qk": tile((2 * CHUNK, BLOCK), dtype),
+               "gates": plgpu.SMEM((FACTORS, CHUNK), jnp.float32)}
+    scratch |= {name: plgpu.RefUnion(*uses) for name, uses in spent.items()}
 
-    def body(*refs):
+    def gradients(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
         smem, values_in, states_in = refs[len(names):]
@@ -434,7 +437,7 @@ def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, g
         for name, ref in (("do", do_in), ("u", u_tile), ("minus_dv", dv_tile)):
             plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head], ref, values_in)
         plgpu.copy_gmem_to_smem(gmem["gates"].at[batch, head, chunk, pl.ds(0, FACTORS)], smem["gates"], values_in)
-        unit, one = (gmem["gates"][batch, head, chunk, FACTORS, n] for n in (UNIT, ONE))
+        unit, one = (gmem["gates"][batch, head, chunk, FACTORS, n] for n in (DO_UNIT, GRAD_ONE))
         for name in ("entering", "leaving"):
             plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk, mine], smem[name], states_in)
         for name, rows_of in (("q", first), ("k", second)):
@@ -452,7 +455,6 @@ def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, g
         da, g = products((do_tile, turned(u_tile)), (dv_tile, turned(u_tile)))
         c_tile = smem["gates"].at[C] if decay else None
         c_row = plgpu.load(c_tile, layout=WGMMA.reduce(1)) if decay else None
-        own, da = split_diagonal(da)
         held, g = split_diagonal(g)
         weights = plgpu.layout_cast(jnp.ones((CHUNK, CHUNK), jnp.float32), WGMMA)
         weights = decayed_scores(weights, c_row, c_tile, False)
@@ -461,7 +463,8 @@ def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, g
         plgpu.barrier_wait(states_in)
         if gate_sums:
             scores_q, scores_k = products((q_tile, turned(k_tile)), (k_tile, turned(k_tile)))
-            given = two_parts(da * scores_q + g * scores_k, dtype)
+            _, given = split_diagonal(da * scores_q + g * scores_k)
+            given = two_parts(given, dtype)
         (da, da_low), (g, g_low) = two_parts(da, dtype), two_parts(g, dtype)
         smem["scores"].at[first][...], smem["scores"].at[second][...] = da, g
         beta = plgpu.load(smem["gates"].at[BETA], layout=WGMMA.reduce(1))
@@ -469,7 +472,9 @@ def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, g
         dq, written, erased = products((do_tile, turned(smem["entering"])), (u_tile, turned(smem["leaving"])),
                                        (dv_tile, turned(smem["entering"])))
         plgpu.commit_smem()  # a barrier: all have read the values
-        low.at[first][...], low.at[second][...] = da_low, g_low
+        low.at[first][...] = da_low
+        if reflects:
+            low.at[second][...] = g_low
         if decay:
             tot = smem["gates"][C, CHUNK - 1]
             from_start = rows(jnp.exp2(c_row), dq.shape)
@@ -477,12 +482,13 @@ def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, g
         sums = ()
         if gate_sums:
             row, col = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA) for axis in (0, 1))
-            pairs.at[first][...], pairs.at[second][...] = given
-            ones[...] = jnp.where(row > col, 1.0, 0.0).astype(dtype)
+            triangle = jnp.where(row > col, 1.0, 0.0).astype(dtype)
+            for half, x in zip((first, second), given, strict=True):
+                pairs.at[:, half][...], ones.at[:, half][...] = x, triangle
             totals = {"read": jnp.sum(load(q_tile) * dq + load(k_tile) * erased, axis=1),
                       "written": jnp.sum(load(k_tile) * written, axis=1)}
             zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
-            sums = tuple((zero, ones, turned(pairs.at[half])) for half in (first, second))
+            sums = ((zero, ones, turned(pairs)),)
         plgpu.commit_smem()
 
         def through(scores):
@@ -490,18 +496,20 @@ def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, g
                     (written, turned(scores), smem["qk"]))
 
         dq, erased, written = add_products(*through(smem["scores"]), interpret=interpret)
-        dq, erased, written, *passed = add_products(*through(low), *sums, interpret=interpret)
+        dq, *rest = add_products(*through(low)[: 3 if reflects else 1], *sums, interpret=interpret)
+        if reflects:
+            erased, written, *rest = rest
         if gate_sums:
+            passed, = rest
             kept = 0.0
             for b in range(n):
                 s, r = (load(smem[name].at[:, pl.ds(b * BLOCK, BLOCK)]) for name in ("entering", "leaving"))
                 kept = kept + jnp.sum(s * r, axis=1)
             totals["kept"] = kept * jnp.exp2(tot) if decay else kept
-            totals["passed"] = jnp.sum(jnp.where(row <= col, passed[0] + passed[1], 0.0), axis=1)
+            totals["passed"] = jnp.sum(jnp.where(row <= col, passed, 0.0), axis=1)
             for name in GATE_SUMS:
                 gmem[name].at[batch, head, part, here][...] = totals[name] * one
-        own = rows(own, dq.shape)
-        dq, dk = (dq + own * load(k_tile)) * one, (erased + written + own * load(q_tile)) * one
+        dq, dk = dq * one, (erased + written) * one
         plgpu.commit_smem()  # a barrier: all have read the scores
         results = smem["scores"].at[first], smem["scores"].at[second]
         results[0][...], results[1][...] = dq.astype(dtype), dk.astype(dtype)
@@ -511,7 +519,7 @@ def delta_gradients(q, k, do, u, minus_dv, entering, leaving, gates, *, decay, g
         plgpu.wait_smem_to_gmem(0)
 
     got = plgpu.kernel(
-        body, out_type=tuple(outs.values()),
+        gradients, out_type=tuple(outs.values()),
         scratch_types=(scratch, plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=4)),
         grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
         compiler_params=OPTIONS,

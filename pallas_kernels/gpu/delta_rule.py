@@ -44,14 +44,18 @@ def supports(q, k, v, beta=None, log_decay=None, *, chunk_size=None, **_):
     return None
 
 
-def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segment_ids=None, interpret=None):
+def delta_rule(q, k, v, beta, log_decay=None, *, scale, max_beta=2.0, initial_state=None, segment_ids=None,
+               interpret=None):
     """S' = exp(log_decay_t) S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, o_t = scale S_t^T q_t.
 
     Args:
       q, k: [B, T, Hk, K]; v: [B, T, H, V], H a multiple of Hk; bf16, K 64 or 128, V a multiple of K up to 256, any T;
-        beta |k|^2 <= 2. Values wider than keys run as several heads of K channels. Without decays per channel q and k
-        become fp16: rows of a norm below 1e-4 lose digits, entries beyond 65504 overflow. v may have any magnitude.
-      beta: [B, T, H] in [0, 2]; where it is exactly 0 (a masked token) its gradient is given as 0.
+        beta |k|^2 <= max_beta. Values wider than keys run as several heads of K channels. Without decays per channel
+        q and k become fp16: rows of a norm below 1e-4 lose digits, entries beyond 65504 overflow. v may have any
+        magnitude.
+      beta: [B, T, H], not negative; where it is exactly 0 (a masked token) its gradient is given as 0.
+      max_beta: a promise, at most 2; up to 1 the kernels spare digits that only reflections need (without decays per
+        channel).
       log_decay: None, [H], [B, T, H] or [B, T, H, K] (rounded, see `kda`), natural log, <= 0.
       initial_state: float32 [B, H, K, V] or None for zero.
       segment_ids: int [B, T] or None; the state is emptied where the id changes.
@@ -66,10 +70,11 @@ def delta_rule(q, k, v, beta, log_decay=None, *, scale, initial_state=None, segm
     options = dict(scale=scale, initial_state=initial_state, segment_ids=segment_ids, interpret=interpret)
     if log_decay is not None and log_decay.ndim == 4:
         return parts.join(*kda.delta_rule(q, k, v, parts.of_heads(beta), parts.of_keys(log_decay), **options))
-    return parts.join(*_scalar_decay(q, k, v, parts.of_heads(beta), parts.of_heads(log_decay), **options))
+    return parts.join(*_scalar_decay(q, k, v, parts.of_heads(beta), parts.of_heads(log_decay), reflects=max_beta > 1,
+                                     **options))
 
 
-def _scalar_decay(q, k, v, beta, log_decay, *, scale, initial_state, segment_ids, interpret):
+def _scalar_decay(q, k, v, beta, log_decay, *, scale, reflects, initial_state, segment_ids, interpret):
     b_size, t_size, heads, _ = v.shape
     decay = token_decays(log_decay, segment_ids, b_size, t_size, heads)
     # a beta of zero without decay changes neither state nor gradients
@@ -77,7 +82,7 @@ def _scalar_decay(q, k, v, beta, log_decay, *, scale, initial_state, segment_ids
                             for x in (q, k, v, beta.astype(jnp.float32), decay))
     if initial_state is not None:
         initial_state = initial_state.astype(jnp.float32)
-    o, state = _delta_rule(q, k, v, beta, decay, initial_state, scale, interpret)
+    o, state = _delta_rule(q, k, v, beta, decay, initial_state, scale, reflects, interpret)
     return o[:, :t_size], state
 
 
@@ -147,16 +152,16 @@ def _decay_gradient(sums):
     return grad.reshape(*grad.shape[:2], -1).transpose(0, 2, 1) / LOG2E
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _delta_rule(q, k, v, beta, decay, init, scale, interpret):
-    out, _ = _forward(q, k, v, beta, decay, init, scale, interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _delta_rule(q, k, v, beta, decay, init, scale, reflects, interpret):
+    out, _ = _forward(q, k, v, beta, decay, init, scale, reflects, interpret)
     return out["o"], out["state"]
 
 
-def _forward(q, k, v, beta, decay, init, scale, interpret, save=False):
+def _forward(q, k, v, beta, decay, init, scale, reflects, interpret, save=False):
     decays, pieces = decay is not None, delta_pieces(v)
     gates = _gates(beta, decay)
-    inverse, peaks = chunk_inverses(k, v, gates, decay=decays, interpret=interpret)
+    inverse, peaks = chunk_inverses(k, v, gates, decay=decays, refine=reflects, interpret=interpret)
     units = value_units(jnp.max(peaks, axis=-1), init)
     following = jnp.concatenate([units[:, :, 1:], units[:, :, -1:]], axis=2)
     walk_gates = _with_factors(gates, units, 1 / units, following / units, 1 / following)
@@ -170,29 +175,28 @@ def _forward(q, k, v, beta, decay, init, scale, interpret, save=False):
     return out, (inverse, moves, gates, units)
 
 
-def _vjp_forward(q, k, v, beta, decay, init, scale, interpret):
+def _vjp_forward(q, k, v, beta, decay, init, scale, reflects, interpret):
     gate_grad = decay is not None and decay.perturbed
     arrays = tuple(None if a is None else a.value for a in (q, k, v, beta, decay, init))
-    out, weights = _forward(*arrays, scale, interpret, save=True)
+    out, weights = _forward(*arrays, scale, reflects, interpret, save=True)
     return (out["o"], out["state"]), (arrays, weights, out["u"], out["entering"], () if gate_grad else None)
 
 
-def _vjp_backward(scale, interpret, residuals, cotangents):
+def _vjp_backward(scale, reflects, interpret, residuals, cotangents):
     (q, k, v, beta, decay, init), (inverse, moves, gates, units), u, entering, gate_grad = residuals
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
     unit, pieces = grad_units(do, dfinal, scale), delta_pieces(v)
-    walk_gates = _with_factors(gates, unit, 1 / unit)
-    options = dict(decay=decay is not None, scale=scale, pieces=pieces, interpret=interpret)
+    gates = _with_factors(gates, unit, 1 / unit, scale * unit, 1 / (unit * units))
+    options = dict(decay=decay is not None, pieces=pieces, interpret=interpret)
     states = None if dfinal is None else dfinal[:, :, None]
     if pieces > 1:
-        local = delta_reverse(q, k, do, inverse, walk_gates, None, emit="state", **options)["state"]
+        local = delta_reverse(q, k, do, inverse, gates, None, emit="state", **options)["state"]
         states = carry_states(dfinal, local, moves, reverse=True, interpret=interpret)
     split = value_programs(v) if pieces == 1 else 1
-    back = delta_reverse(q, k, do, inverse, walk_gates, states, split=split, **options)
-    grad_gates = _with_factors(gates, scale * unit, 1 / (unit * units))
-    grads = delta_gradients(q, k, do, u, back["minus_dv"], entering, back["leaving"], grad_gates,
-                            decay=decay is not None, gate_sums=gate_grad is not None, interpret=interpret)
+    back = delta_reverse(q, k, do, inverse, gates, states, split=split, **options)
+    grads = delta_gradients(q, k, do, u, back["minus_dv"], entering, back["leaving"], gates, decay=decay is not None,
+                            gate_sums=gate_grad is not None, reflects=reflects, interpret=interpret)
     dbeta = grads["dbeta"][:, :, 0].transpose(0, 2, 1)
     ddecay = None if gate_grad is None else _decay_gradient([grads[name] for name in GATE_SUMS])
     return grads["dq"], grads["dk"], back["dv"], dbeta, ddecay, None if init is None else back["state"][:, :, 0]

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import reference
+from efficient_lm.mixers.deltanet import DeltaNetConfig
+from efficient_lm.mixers.gated_deltanet import GatedDeltaNetConfig
+from pallas_kernels import api, reference
+from pallas_kernels.gpu import delta_inverse
 from pallas_kernels.gpu import delta_rule as gpu
+from pallas_kernels.gpu.gates import by_chunk
 from tests.kernels.gpu_checks import (
     as_written,
     assert_causal_and_repeatable,
@@ -40,10 +44,11 @@ def errors(arrays, do, dstate, **options):
 
 
 @as_written
-@pytest.mark.parametrize("d, decay", [(64, True), (128, True), (128, False)])
-def test_forward_and_backward_lower_for_hopper(d, decay):
+@pytest.mark.parametrize("d, decay, max_beta", [
+    (64, True, 2.0), (64, True, 1.0), (128, True, 2.0), (128, True, 1.0), (128, False, 2.0), (128, False, 1.0)])
+def test_forward_and_backward_lower_for_hopper(d, decay, max_beta):
     arrays, *cotangents = make(2, 300, 3, d, decay=decay)
-    assert kernels_lowered(gpu.delta_rule, arrays, tuple(cotangents), scale=1.0) >= 5
+    assert kernels_lowered(gpu.delta_rule, arrays, tuple(cotangents), scale=1.0, max_beta=max_beta) >= 5
 
 
 @as_written
@@ -68,6 +73,40 @@ def test_interpreted_reflections_of_one_key_keep_their_digits():
     arrays = q, k, v * size, *gates, state * size
     got = errors(arrays, do / size**2, dstate / size**2, interpret=plgpu.InterpretGPUParams())
     assert max(got) < 0.008, got
+
+
+@as_written
+@pytest.mark.parametrize("max_beta", [1.0, 2.0])
+def test_interpreted_repeated_keys_with_a_bound_on_beta(max_beta):
+    """What the bound of 1 spares is not needed below it: one key, written over nearly whole at every token."""
+    arguments = make(1, 128, 1, 64, beta=0.99, keys="repeated", gate=-4.0, initial=True)
+    got = errors(*arguments, max_beta=max_beta, interpret=plgpu.InterpretGPUParams())
+    assert max(got) < 0.005, got
+
+
+@as_written
+@pytest.mark.parametrize("t, refine", [(512, False), (192, False), (192, True)])
+def test_interpreted_inverses_of_several_chunks_per_warpgroup(monkeypatch, capsys, t, refine):
+    monkeypatch.setattr(delta_inverse, "PROGRAMS", 1)
+    (_, k, v, beta, *_), *_ = make(1, t, 1, 64, beta=0.9, keys="repeated")
+    gates = jnp.stack([jnp.zeros((1, 1, t // 64, 64)), by_chunk(beta)], axis=3)
+    run = functools.partial(delta_inverse.chunk_inverses, decay=False, refine=refine,
+                            interpret=plgpu.InterpretGPUParams(detect_races=True))
+    got, peaks = jax.jit(run)(k, v, gates)
+    keys = np.asarray(k, np.float64).reshape(-1, 64, 64)
+    want = np.linalg.inv(np.eye(64) + 0.9 * np.tril(keys @ keys.transpose(0, 2, 1), -1))
+    assert np.abs(np.asarray(got[0, 0], np.float64) - want).max() < 0.002
+    assert np.array_equal(peaks.reshape(-1), np.abs(np.asarray(v[0, :, 0], np.float32)).max(-1))
+    assert "RACE" not in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_the_bound_on_beta_is_checked_and_mixers_give_it():
+    x, beta = jnp.ones((1, 64, 1, 64), jnp.bfloat16), jnp.ones((1, 64, 1))
+    with pytest.raises(ValueError, match="max_beta = 2.5: must be above 0 and at most 2"):
+        api.delta_rule(x, x, x, beta, max_beta=2.5)
+    for config in (DeltaNetConfig, GatedDeltaNetConfig):
+        assert [config(allow_neg_eigval=reflects).options()["max_beta"] for reflects in (False, True)] == [1.0, 2.0]
 
 
 def test_masked_tokens_leave_the_state_bit_identical():
@@ -95,10 +134,10 @@ def test_unsupported_calls_get_a_reason(change, word):
 
 @on_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("t", [1, 130, 1024])
+@pytest.mark.parametrize("t, max_beta", [(1, 2.0), (130, 2.0), (1024, 2.0), (130, 1.0), (1024, 1.0)])
 @pytest.mark.parametrize("d, decay", [(64, True), (128, True), (128, False)])
-def test_gpu_matches_the_reference(t, d, decay):
-    got = errors(*make(2, t, 3, d, decay=decay, initial=True))
+def test_gpu_matches_the_reference(t, max_beta, d, decay):
+    got = errors(*make(2, t, 3, d, decay=decay, initial=True), max_beta=max_beta)
     assert max(got) < 0.012, got
 
 
@@ -111,10 +150,10 @@ def test_gpu_values_wider_than_keys(d, v):
 
 @on_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("beta", [0.0, 0.98, 1.9])
+@pytest.mark.parametrize("beta, max_beta", [(0.0, 2.0), (0.98, 2.0), (1.9, 2.0), (0.0, 1.0), (0.98, 1.0)])
 @pytest.mark.parametrize("keys", ["random", "repeated"])
-def test_gpu_beta_extremes(beta, keys):
-    got = errors(*make(1, 512, 2, 128, beta=beta, keys=keys, gate=-4.0, initial=True))
+def test_gpu_beta_extremes(beta, max_beta, keys):
+    got = errors(*make(1, 512, 2, 128, beta=beta, keys=keys, gate=-4.0, initial=True), max_beta=max_beta)
     if beta == 0:
         del got[3:6]  # of dk and dv, which are zero, and of dbeta, which is given as zero
     assert max(got) < 0.01, got
