@@ -64,7 +64,7 @@ def random_tokens(cfg, rows: int) -> dict:
 @command
 def main(argv=None) -> int:
     overrides, rest = configs.split_args(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="python -m efficient_lm.probes", description=__doc__.split("\n")[2])
+    parser = Parser(prog="python -m efficient_lm.probes", description=" ".join(__doc__.split("\n\n")[1].split()))
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps (default 10)")
     args = parser.parse_args(rest)
