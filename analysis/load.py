@@ -87,7 +87,8 @@ class Table:
             return {"all": self}
         empty = self.rows[column].isna()
         if empty.any():
-            raise DataError(f"column {column!r}, row {empty.idxmax()}: empty ({empty.sum()} such rows)")
+            advice = f"leave such rows out, e.g. --where '{column} == {column}'"
+            raise DataError(f"column {column!r}, row {empty.idxmax()}: empty ({empty.sum()} such rows); {advice}")
         values = pd.concat([self.rows, self.excluded])[column].dropna().drop_duplicates()
         out = {}
         for value in values:

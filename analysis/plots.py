@@ -30,6 +30,13 @@ STYLE = {
 }  # fmt: skip
 
 
+def looks(names, first: int = 0) -> dict:
+    """A colour and a marker for each name; names whose colours repeat get another marker. `first`: colours to skip."""
+    colours, markers = ARCH_COLOURS[first:], MARKERS[first:]
+    count = len(colours)
+    return {name: (colours[i % count], markers[(i + i // count) % count]) for i, name in enumerate(names)}
+
+
 def styled(draw):
     @functools.wraps(draw)
     def inner(*args, **kwargs):
@@ -348,9 +355,7 @@ def curve(law, fits: dict, x: str, *, level: float = 0.95, scale: str = "log", t
     figure, axes = new_figure(width=6.0)
     ax, quantiles, seen = axes[0, 0], [(1 - level) / 2, (1 + level) / 2], []
     unit = next(v.unit for v in law.variables if v.name == x)
-    for (name, (fit, frame)), colour, marker in zip(
-        fits.items(), itertools.cycle(ARCH_COLOURS), itertools.cycle(MARKERS), strict=False
-    ):
+    for (name, (fit, frame)), (colour, marker) in zip(fits.items(), looks(fits).values(), strict=True):
         values = frame[x].to_numpy(float)
         low = values[values > 0].min() if scale == "log" else values.min()
         at = (np.geomspace if scale == "log" else np.linspace)(low, values.max(), 200)
@@ -377,9 +382,7 @@ def frontiers(found: dict[str, Frontier], *, level: float = 0.95):
     figure, axes = new_figure(2, height=4.2)
     left, right = axes[0]
     quantiles = [(1 - level) / 2, (1 + level) / 2]
-    for (name, f), colour, marker in zip(
-        found.items(), itertools.cycle(ARCH_COLOURS), itertools.cycle(MARKERS), strict=False
-    ):
+    for (name, f), (colour, marker) in zip(found.items(), looks(found).values(), strict=True):
         C = np.geomspace(f.C.min() / 1.3, f.C.max() * 1.3, 60)
         line, draws = f.law(C)
         left.plot(C, line, color=colour, lw=1.6)
@@ -442,7 +445,7 @@ def gain(found: dict[str, Frontier], base: str, level: float = 0.95):
         curves[name] = (C, np.isin(C, at), b.C, ratios(b, v, C))
     if not curves:
         raise ValueError(f"no architecture shares a range of compute with {base}: there is nothing to draw")
-    looks = dict(zip(variants, itertools.cycle(zip(ARCH_COLOURS[1:], MARKERS[1:], strict=True)), strict=False))
+    look = looks(variants, first=1)
     costs = [cost for cost in TITLES if any(cost in curve[-1] for curve in curves.values())]
     columns = min(len(costs), 2)
     figure, axes = new_figure(columns, -(-len(costs) // columns), width=5.2 if columns > 1 else 6.2, height=3.6)
@@ -454,7 +457,7 @@ def gain(found: dict[str, Frontier], base: str, level: float = 0.95):
         for name, (C, run, reach, all_ratios) in curves.items():
             if cost not in all_ratios:
                 continue
-            colour, marker = looks[name]
+            colour, marker = look[name]
             value, draws = all_ratios[cost]
             band = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
             need = all_ratios["compute"][0] * C
@@ -465,7 +468,7 @@ def gain(found: dict[str, Frontier], base: str, level: float = 0.95):
             ax.plot(C[run], value[run], marker, color=colour, ms=5, label=name)
             top += [*value, *np.clip(band[0], value / 4, None), *np.clip(band[1], None, value * 4)]
         ax.plot([], [], "--", color="0.4", lw=1.3, label="beyond the base's runs")
-        ax.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel=f"{base} / variant (×)")
+        ax.set(xscale="log", yscale="log", xlabel="training compute C (FLOP)", ylabel="base / variant (×)")
         ax.set(ylim=(min(top) / 1.15, max(top) * 1.25), title=f"{TITLES[cost]} at equal loss")
         _plain_log(ax.yaxis)
         few_labels(ax.xaxis)

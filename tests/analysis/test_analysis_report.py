@@ -239,3 +239,12 @@ def test_numbers_are_short():
     assert [tables.count(v) for v in (950, 12345, 2.36e6, 7.32e9, 999.9)] == ["950", "12.3k", "2.36M", "7.32B", "1k"]
     assert tables.with_interval({"value": 0.5, "lo": 0.4, "hi": 0.61}) == "0.500 [0.400, 0.610]"
     assert [tables.duration(s) for s in (45, 740, 18400)] == ["45 s", "12.3 min", "5.1 h"]
+
+
+@pytest.mark.quick
+def test_many_architectures_keep_different_looks():
+    names = [f"arch {i}" for i in range(20)]
+    for first in (0, 1):
+        look = plots.looks(names, first)
+        assert len(set(look.values())) == 20
+        assert look["arch 0"] == (plots.ARCH_COLOURS[first], plots.MARKERS[first])
