@@ -109,7 +109,11 @@ def parser() -> Parser:
         prog="python -m analysis.bench",
         description="Times the Chinchilla fit beside scipy's minimisers, start by start.",
     )
-    out.add_argument("--data", metavar="PATH", help="points with N, D, loss (default: 240 synthetic ones)")
+    out.add_argument(
+        "--data", metavar="PATH",
+        help="points with N, D, loss, e.g. those of Chinchilla's figure 4 by --columns "
+        "'N=Model Size,C=Training FLOP,D=C/(6*N)' --drop-highest 5 (default: 240 synthetic ones)",
+    )  # fmt: skip
     out.add_argument("--draws", type=int, default=4000, help="bootstrap refits (default 4000)")
     out.add_argument("--sample", type=int, default=45, help="starts and refits that scipy is timed on (default 45)")
     out.add_argument("--out", metavar="BENCH.JSON", help="write the numbers as JSON")

@@ -355,6 +355,8 @@ def load_table(
     store = not isinstance(data, pd.DataFrame) and Path(data).is_dir()
     kinds = {"N": n or DEFAULT_N, "C": c or DEFAULT_C}
     counts = {name: kind for name, kind in kinds.items() if store and frame[name].equals(original[name])}
+    whole = [name for name in ("N", "D", "C") if name in frame and pd.api.types.is_integer_dtype(frame[name])]
+    frame = frame.astype(dict.fromkeys(whole, float))  # as integers their products wrap round
     table = Table(frame, frame.iloc[:0].assign(reason=[]), source, counts=counts)
     if columns:
         table.filters.append(f"columns {columns}")

@@ -332,6 +332,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--level {args.level}: must be between 0 and 1")
     if args.draws < 10:
         raise ValueError(f"--draws {args.draws}: must be at least 10")
+    if args.where and not args.fits:
+        raise ValueError(f"--where {args.where!r}: chooses the runs to fit, give --fits")
     probed, fits = load(args.store), None
     if args.step is not None:
         probed = until(probed, args.step)

@@ -117,6 +117,9 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         massive_activations.load([tmp_path / "x.jsonl"])
     assert cli.run(massive_activations.main, massive_activations.parser(), ["--store", str(tmp_path)]) == 2
     assert "no run with rows of kind 'probe'" in capsys.readouterr().err
+    unread = ["--store", str(tmp_path), "--where", "seed == 0"]
+    assert cli.run(massive_activations.main, massive_activations.parser(), unread) == 2
+    assert "--where 'seed == 0': chooses the runs to fit, give --fits" in capsys.readouterr().err
 
 
 @pytest.mark.quick
