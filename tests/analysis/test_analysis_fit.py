@@ -13,6 +13,7 @@ from analysis.load import load_table
 from analysis.optimize import minimize
 from analysis.result import Options
 from tests.analysis.conftest import public_table
+from tests.analysis.coverage import sweep
 
 EXACT = ["chinchilla", "power", "gadre", "clark", "leverage", "muennighoff", "sparsing_relu", "sparsing_limit",
          "massive_activations", "kaplan_d"]  # fmt: skip
@@ -188,6 +189,18 @@ def test_hold_out_says_where_the_cheaper_rows_do_not_determine_the_law():
     )
     assert fit.holdout["at_bound"] == ["E"]
     assert any("hold-out: without the dearest budget E runs to its bound" in text for text in fit.warnings)
+
+
+def test_a_law_that_dearer_runs_depart_from_is_named():
+    """The same sweep, as the law has it and with losses 2 % higher at the dearest budget."""
+    frame = sweep(np.random.default_rng(0), 1e-3, budgets=(1e18, 3e18, 1e19, 3e19))
+    options = Options(bootstrap=20, thin=40)
+    right = fit_law("chinchilla", load_table(frame), options)
+    late = frame.assign(loss=frame["loss"].where(frame["C"] < 2e19, 1.02 * frame["loss"]))
+    wrong = fit_law("chinchilla", load_table(late), options)
+    assert not any("hold-out" in text for text in right.warnings)
+    assert any("of 7 runs lie inside their 95% intervals: dearer runs depart" in text for text in wrong.warnings)
+    assert "% of 7 inside" in fit.summary(wrong)
 
 
 def test_rows_far_from_the_law_are_named():
