@@ -1,8 +1,8 @@
 """Linear attention with a decay per key channel on Hopper GPUs (GLA 2312.06635, HGRN2 2404.07904).
 
 Forward: what each chunk makes alone, all chunks in parallel, then one walk with the state on chip. Residuals are the
-inputs, those weights and one state per piece of T; the backward pass walks again to write the states entering the
-chunks, walks back for dv and the gradients of the states, and makes the other gradients with all chunks in parallel.
+inputs, those weights and the states entering the chunks; the backward pass walks back for dv and the gradients of the
+states, and makes the other gradients with all chunks in parallel.
 """
 import functools
 
@@ -39,16 +39,16 @@ def _entering_states(y, z, total, init, *, pieces, reverse, interpret):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _channel_decay(q, k, v, log_decay, init, scale, interpret):
-    return _forward(q, k, v, log_decay, init, scale, interpret)[0]
+    return _forward(q, k, v, log_decay, init, scale, interpret, keep=False)[0]
 
 
-def _forward(q, k, v, log_decay, init, scale, interpret):
+def _forward(q, k, v, log_decay, init, scale, interpret, keep=True):
     weights = chunk_weights(q, k, log_decay, scale=scale, interpret=interpret)
     a, x, y, total = (weights[name] for name in ("a", "x", "y", "total"))
     pieces = count_pieces(*v.shape[:3], v.shape[-1])
     states = _entering_states(y, v, total, init, pieces=pieces, reverse=False, interpret=interpret)
-    out = weighted_pass(x, y, v, a, total, states, reverse=False, pieces=pieces, interpret=interpret)
-    return (out["o"], out["state"][:, :, -1]), (weights, states)
+    out = weighted_pass(x, y, v, a, total, states, reverse=False, pieces=pieces, keep=keep, interpret=interpret)
+    return (out["o"], out["state"][:, :, -1]), (weights, out.get("entering"))
 
 
 def _vjp_forward(q, k, v, log_decay, init, scale, interpret):
@@ -58,15 +58,14 @@ def _vjp_forward(q, k, v, log_decay, init, scale, interpret):
 
 
 def _vjp_backward(scale, interpret, residuals, cotangents):
-    (q, k, v, log_decay), (weights, states), has_init = residuals
+    (q, k, v, log_decay), (weights, entering), has_init = residuals
     a, x, y, total = (weights[name] for name in ("a", "x", "y", "total"))
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
     do = jnp.zeros_like(v) if do is None else do
     pieces = count_pieces(*v.shape[:3], v.shape[-1])
-    walk = weighted_pass(None, y, v, None, total, states, reverse=False, pieces=pieces, keep=True, interpret=interpret)
     dstates = _entering_states(x, do, total, dfinal, pieces=pieces, reverse=True, interpret=interpret)
     back = weighted_pass(y, x, do, a, total, dstates, reverse=True, pieces=pieces, keep=True, interpret=interpret)
-    grads = chunk_gradients(q, k, v, do, log_decay, total, walk["entering"], back["entering"], scale=scale,
+    grads = chunk_gradients(q, k, v, do, log_decay, total, entering, back["entering"], scale=scale,
                             interpret=interpret)
     return grads["dq"], grads["dk"], back["o"], grads["dg"], None if has_init is None else back["state"][:, :, 0]
 

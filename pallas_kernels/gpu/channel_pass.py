@@ -4,7 +4,7 @@ One head and one chunk of 64 tokens, b [64, K] the inclusive in-chunk sum of log
     A_ij = scale sum_c q_ic k_jc e^(b_ic - b_jc), j <= i,   X = scale q * e^b,   Y = k * e^(b_63 - b)   `chunk_weights`
     O    = A V + X S,    S <- diag(e^(b_63)) S + Y^T V                                                  `weighted_pass`
 The gradients run the same pass from the end, dV = A^T dO + Y R, R <- diag(e^(b_63)) R + X^T dO with R = dS, and then
-make dQ, dK and the gate gradients of all chunks in parallel (`chunk_gradients`), by one of two kernels.
+make dQ, dK and the gate gradients of all chunks in parallel (`chunk_gradients`), each chunk by one of two kernels.
 
 Where no channel has decayed by more than 2^-REACH since the chunk's start, one product makes a row of A: q e^b times
 k e^-b, shifted by REACH / 2 to stay inside float32. Elsewhere the decay does not factor out of A, so a chunk that has
@@ -12,7 +12,11 @@ such rows is halved again and again for them. At the level with halves of `size`
 Z_t = (q_t if t is in a right half, else k_t) * e^(sum of the log decays between t and the middle of its block), whose
 exponents are <= 0, and the level's scores are the lower left blocks of Z Z^T. The sums are products of a matrix of
 zeros and ones with the decays: no differences. No row sees later decays, nor do they decide how it is made. The code
-for these levels costs registers even where it does not run, so gradients without them have a kernel of their own.
+for these levels costs registers even where it does not run, so gradients of chunks without such rows have a kernel of
+their own, which leaves the others to a second one.
+
+Weights are made by resident programs of one warpgroup, two on a multiprocessor (up to 255 registers a thread), which
+load the tiles of their next chunk while they store those of the last.
 
 ptxas waits after every product of a kernel ("C7514") where one instruction reads an accumulator too early, and a
 negation of a product is moved to such a place: what is negated here is another factor, or taken from zero.
@@ -33,16 +37,15 @@ from pallas_kernels.gpu.tiles import (
     columns,
     present,
     products,
-    refined_inverse,
     rows,
     tile,
     two_parts,
-    unit_lower_inverse,
 )
 from pallas_kernels.gpu.walk import walk_chunks
 
 MIN_LOG_DECAY = -100.0  # empties a float32 state; a finite stand-in for -inf
 LEVELS = 6  # halves of 32, 16, .. 1 tokens
+PROGRAMS = 264  # two for each multiprocessor of an H100 or H200, as registers allow
 REACH = 120.0  # log2 decays that one product of scores can span: q e^b and k e^-b then lie within 2^-60 .. 2^60
 SQUARE = (CHUNK, CHUNK)
 
@@ -88,6 +91,7 @@ class Levels:
     def put(self, weighted):
         """Stores weighted tokens in `z` and returns them as stored."""
         z = weighted.astype(self.z.dtype)
+        plgpu.commit_smem()  # all have read the last ones
         self.z[...] = z
         plgpu.commit_smem()
         return z
@@ -127,109 +131,181 @@ def chunk_weights(q, k, g, beta=None, *, scale, keep=True, interpret=None):
     b_size, t_size, heads, k_size = q.shape
     chunks, n, dtype = t_size // CHUNK, k_size // BLOCK, q.dtype
     erase = beta is not None
+    items = b_size * heads * chunks
+    programs = min(PROGRAMS, items)
     operands = present(q=q, k=k, g=g, beta=beta)
     outs = {"a": jax.ShapeDtypeStruct((b_size, heads, chunks, *SQUARE), dtype),
             "x": jax.ShapeDtypeStruct(q.shape, dtype), "y": jax.ShapeDtypeStruct(k.shape, dtype),
             "total": jax.ShapeDtypeStruct((b_size, heads, chunks, k_size), jnp.float32)}
-    scratch = {"q": tile((n, CHUNK, BLOCK), dtype), "k": tile((n, CHUNK, BLOCK), dtype),
-               "x": tile((n, CHUNK, BLOCK), dtype), "log_decay": tile(SQUARE, jnp.float16), "z": tile(SQUARE, dtype)}
+    square = tile(SQUARE, dtype)
+    scratch = {"q": tile((n, *SQUARE), dtype), "k": tile((n, *SQUARE), dtype), "log_decay": tile(SQUARE, jnp.float16),
+               "x": square, "z": square, "ones": tile(SQUARE, jnp.float16), "total": plgpu.SMEM((BLOCK,), jnp.float32)}
     if erase:
         outs |= {"w": outs["y"]} | ({"t": outs["a"], "t_low": outs["a"]} if keep else {})
-        scratch |= {"w": scratch["k"], "t": [tile(SQUARE, dtype)] * 2, "beta": plgpu.SMEM((CHUNK,), jnp.float32)}
+        scratch |= {"w": square, "beta": plgpu.SMEM((CHUNK,), jnp.float32)}
 
     def body(*refs):
         names = (*operands, *outs)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
         smem, loaded = refs[len(names):]
-        head, chunk, batch = lax.axis_index("head"), lax.axis_index("chunk"), lax.axis_index("batch")
-        here = pl.ds(chunk * CHUNK, CHUNK)
-        for b in range(n):
-            mine = pl.ds(b * BLOCK, BLOCK)
-            for name in ("q", "k"):
-                plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, mine], smem[name].at[b], loaded)
-        if erase:
-            plgpu.copy_gmem_to_smem(gmem["beta"].at[batch, head, chunk], smem["beta"], loaded)
-        levels = Levels(smem["log_decay"], smem["z"], interpret)
-        row, col = levels.row, levels.col
-        scores = (zeros(),) * (1 + erase)  # A, and for a delta rule M
-        def block(b, scores):
-            mine = pl.ds(b * BLOCK, BLOCK)
-            decays = load_decays(gmem["g"].at[batch, here, head, mine])
-            levels.g[...] = decays.astype(levels.g.dtype)
-            plgpu.commit_smem()
-            gmem["total"].at[batch, head, chunk, mine][...] = jnp.sum(decays, axis=0) * LOG2E
-            q_tile, k_tile = smem["q"].at[b], smem["k"].at[b]
+        program = lax.axis_index("program")
+        mine = lax.div(items - program + programs - 1, jnp.int32(programs))
+        ones, g_tile, x_tile, z = (smem[name] for name in ("ones", "log_decay", "x", "z"))
 
-            exponent, reads, least = levels.anchored()
+        def place(i):
+            item = program + i * programs
+            head, chunk = lax.div(item, jnp.int32(chunks)), lax.rem(item, jnp.int32(chunks))
+            return lax.div(head, jnp.int32(heads)), lax.rem(head, jnp.int32(heads)), chunk
 
-            @pl.when(b == 0)
-            def _():
-                plgpu.barrier_wait(loaded)  # only now: the first sums of decays needed no tile
-
-            entering = jnp.exp2(-exponent - REACH / 2)
-            smem["x"].at[b][...] = (load(q_tile) * entering * scale).astype(dtype)
-            if erase:
-                smem["w"].at[b][...] = (load(k_tile) * -entering).astype(dtype)
-            levels.put(load(k_tile) * jnp.exp2(exponent))
-            found = []
-            for a, tokens in zip(scores, (q_tile, k_tile), strict=False):
-                left = (load(tokens) * reads).astype(dtype)
-                score, = add_products((zeros(), left, levels.z.transpose(T_CONTRACT)), interpret=interpret)
-                found.append(a + jnp.where(row > col, score, 0.0))
-
-            def level(i, scores):
-                size = lax.shift_right_logical(jnp.int32(CHUNK // 2), i)
-                right, decay = levels.weights(size, least)
-                lower = (row > col) & levels.halves_of(size)
-                levels.put(jnp.where(right, load(q_tile), load(k_tile)) * decay)
-                a = scores[0] + jnp.where(lower, levels.square(), 0.0)
-                if not erase:
-                    return (a,)
-                levels.put(load(k_tile) * decay)
-                return a, scores[1] + jnp.where(lower, levels.square(), 0.0)
-
-            scores = lax.fori_loop(0, levels.steps(least), level, tuple(found))
-            q_own, k_own = load(q_tile), load(k_tile)
-            own = jnp.where(row == col, rows(jnp.sum(q_own * k_own, axis=1), SQUARE), 0.0)
-            scores = (scores[0] + own, *scores[1:])
-            k_tile[...] = (k_own * jnp.exp2(levels.log2_decay(row < col))).astype(dtype)
-            plgpu.commit_smem()
-            for name, out in (("x", "x"), ("w", "w")) if erase else (("x", "x"), ("k", "y")):
-                plgpu.copy_smem_to_gmem(smem[name].at[b], gmem[out].at[batch, here, head, mine])
-            return scores
-
-        scores = lax.fori_loop(0, n, block, scores)
-        a = scores[0] * scale
-        if erase:
-            a_tile, a_low = levels.z, smem["q"].at[0]
-            a_tile[...], a_low[...] = two_parts(a, dtype)
-            beta_row = rows(plgpu.load(smem["beta"], layout=WGMMA.reduce(1)), SQUARE)
-            lower = jnp.where(row > col, scores[1], 0.0) * beta_row
-            inverse = unit_lower_inverse(lower, levels.g, interpret=interpret)
-            inverse = refined_inverse(inverse, lower, levels.g, interpret=interpret)
-            inverse = inverse * columns(plgpu.load(smem["beta"], layout=WGMMA.reduce(0)), SQUARE)
-            t, t_low = smem["t"]
-            t[...], t_low[...] = two_parts(inverse, dtype)
-            plgpu.commit_smem()
-            for name, part in (("t", t), ("t_low", t_low)) if keep else ():
-                plgpu.copy_smem_to_gmem(part, gmem[name].at[batch, head, chunk])
-            a, = products(((a_tile, a_tile, a_low), (t, t_low, t)))
+        def fetch(name, i):
+            batch, head, chunk = place(i)
+            if name == "beta":
+                plgpu.copy_gmem_to_smem(gmem[name].at[batch, head, chunk], smem[name], loaded)
+                return
             for b in range(n):
-                y_tile = smem["k"].at[b]
-                y, = products(((t.transpose(T_CONTRACT), t_low.transpose(T_CONTRACT)), (y_tile, y_tile)))
-                y_tile[...] = y.astype(dtype)
+                src = gmem[name].at[batch, pl.ds(chunk * CHUNK, CHUNK), head, pl.ds(b * BLOCK, BLOCK)]
+                plgpu.copy_gmem_to_smem(src, smem[name].at[b], loaded)
+
+        for name in ("q", "k", *(("beta",) if erase else ())):
+            fetch(name, 0)
+        row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=WGMMA)
+        col = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=WGMMA)
+        ones[...] = jnp.where(row >= col, 1.0, 0.0).astype(ones.dtype)
+
+        @pl.loop(0, mine)
+        def _(i):
+            batch, head, chunk = place(i)
+            here = pl.ds(chunk * CHUNK, CHUNK)
+            levels = Levels(g_tile, z, interpret)
+            row, col = iotas = levels.row, levels.col
+
+            def block(b, carry):
+                *scores, own = carry  # A, for a delta rule M, and the diagonal of A
+                columns_here = pl.ds(b * BLOCK, BLOCK)
+                q_tile, k_tile = smem["q"].at[b], smem["k"].at[b]
+                decays = load_decays(gmem["g"].at[batch, here, head, columns_here])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # all have read what is written now and below
+                g_tile[...] = decays.astype(g_tile.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(y_tile, gmem["y"].at[batch, here, head, pl.ds(b * BLOCK, BLOCK)])
-        levels.put(a)
-        plgpu.copy_smem_to_gmem(levels.z, gmem["a"].at[batch, head, chunk])
+                decay, total = products((ones, g_tile), (g_tile.transpose(T_CONTRACT), ones))
+                total = jnp.sum(jnp.where(col == 0, total, 0.0), axis=1) * LOG2E
+                gmem["total"].at[batch, head, chunk, columns_here][...] = total
+                smem["total"][...] = total
+                decay = decay * LOG2E
+                least = plgpu.layout_cast(jnp.min(decay, axis=1), WGMMA.reduce(1))
+                decay = jnp.maximum(decay, -REACH) + REACH / 2
+
+                @pl.when(b == 0)
+                def _():
+                    plgpu.barrier_wait(loaded)  # only now: the first sums of decays needed no tile
+
+                z[...] = (load(k_tile) * jnp.exp2(0.0 - decay)).astype(dtype)
+                own = own + jnp.sum(load(q_tile) * load(k_tile), axis=1)
+                grown = jnp.exp2(decay)
+                reached = rows(least, SQUARE) >= -REACH
+                left = []
+                for tokens, into, factor in ((q_tile, "x", scale), (k_tile, "w", -1.0))[: 1 + erase]:
+                    reads = load(tokens) * grown
+                    smem[into][...] = (reads * (factor * 2.0 ** (-REACH / 2))).astype(dtype)
+                    left.append(jnp.where(reached, reads, 0.0).astype(dtype))
+                plgpu.commit_smem()
+                for name in ("x", "w")[: 1 + erase]:
+                    plgpu.copy_smem_to_gmem(smem[name], gmem[name].at[batch, here, head, columns_here])
+                scores = add_products(*((a, x, z.transpose(T_CONTRACT)) for a, x in zip(scores, left, strict=True)),
+                                      interpret=interpret)
+
+                def level(i, scores):
+                    row = levels.row = iotas[0] + lax.optimization_barrier(jnp.int32(0))  # no masks before the loop
+                    size = lax.shift_right_logical(jnp.int32(CHUNK // 2), i)
+                    right, decay = levels.weights(size, least)
+                    lower = (row > col) & levels.halves_of(size)
+                    levels.put(jnp.where(right, load(q_tile), load(k_tile)) * decay)
+                    a = scores[0] + jnp.where(lower, levels.square(), 0.0)
+                    if not erase:
+                        return (a,)
+                    levels.put(load(k_tile) * decay)
+                    return a, scores[1] + jnp.where(lower, levels.square(), 0.0)
+
+                strongest = jnp.min(plgpu.load(smem["total"], layout=WGMMA.reduce(0)))
+                steps = jnp.where(strongest < 1.0 - REACH, LEVELS, 0)
+                scores = lax.fori_loop(0, steps, level, tuple(scores))
+                until, = products((ones.transpose(T_CONTRACT), g_tile))
+                k_tile[...] = (load(k_tile) * jnp.exp2((until - load(g_tile)) * LOG2E)).astype(dtype)
+                plgpu.commit_smem()
+                if not erase:
+                    plgpu.copy_smem_to_gmem(k_tile, gmem["y"].at[batch, here, head, columns_here])
+                return *scores, own
+
+            nothing = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), WGMMA.reduce(1))
+            *scores, own = lax.fori_loop(0, n, block, (*(zeros(),) * (1 + erase), nothing))
+            a = jnp.where(row > col, scores[0], jnp.where(row == col, rows(own, SQUARE), 0.0)) * scale
+            if erase:
+                a_low = smem["q"].at[0]
+                beta_row = rows(plgpu.load(smem["beta"], layout=WGMMA.reduce(1)), SQUARE)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                z[...], a_low[...] = two_parts(a, dtype)
+                lower = jnp.where(row > col, scores[1], 0.0) * beta_row
+                inverse = solved(lower, row, col, g_tile, interpret=interpret)
+                inverse = inverse * columns(plgpu.load(smem["beta"], layout=WGMMA.reduce(0)), SQUARE)
+                plgpu.commit_smem()
+                t, t_low = x_tile, smem["w"]
+                t[...], t_low[...] = two_parts(inverse, dtype)
+                plgpu.commit_smem()
+                for name, part in (("t", t), ("t_low", t_low)) if keep else ():
+                    plgpu.copy_smem_to_gmem(part, gmem[name].at[batch, head, chunk])
+                turned = t.transpose(T_CONTRACT), t_low.transpose(T_CONTRACT)
+                a, *ys = products(((z, z, a_low), (t, t_low, t)),
+                                  *((turned, (smem["k"].at[b],) * 2) for b in range(n)))
+                plgpu.commit_smem()
+                for b, y in enumerate(ys):
+                    smem["k"].at[b][...] = y.astype(dtype)
+            z[...] = a.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(z, gmem["a"].at[batch, head, chunk])
+            if erase:
+                for b in range(n):
+                    plgpu.copy_smem_to_gmem(smem["k"].at[b], gmem["y"].at[batch, here, head, pl.ds(b * BLOCK, BLOCK)])
+
+            @pl.when(i + 1 < mine)
+            def _():
+                for name in ("q", *(("beta",) if erase else ())):
+                    fetch(name, i + 1)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                fetch("k", i + 1)
+
         plgpu.wait_smem_to_gmem(0)
 
     got = plgpu.kernel(
         body, out_type=tuple(outs.values()), scratch_types=(scratch, plgpu.Barrier(num_arrivals=2 * n + erase)),
-        grid=(heads, chunks, b_size), grid_names=("head", "chunk", "batch"), interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
+        grid=(programs,), grid_names=("program",), interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True,
+                                             reduction_scratch_bytes=256),
     )(*operands.values())
     return dict(zip(outs, got, strict=True))
+
+
+def solved(lower, row, col, ref, *, interpret):
+    """(I + lower)^-1 float32 of a strictly lower [64, 64] matrix, refined, through an fp16 tile of shared memory."""
+    def times(left, right):
+        plgpu.commit_smem()  # all have read the last one
+        ref[...] = right
+        plgpu.commit_smem()
+        return add_products((zeros(), left, (ref,) * len(left)), interpret=interpret)[0]
+
+    row = row + lax.optimization_barrier(jnp.int32(0))  # no masks before the loop over chunks
+    lower = plgpu.layout_cast(0.0 - lower, WGMMA)
+    minus, minus_low = (plgpu.layout_cast(part, WGMMA) for part in two_parts(lower, jnp.float16))
+    x = jnp.where(row == col, 1.0, jnp.where((row == col + 1) & ((row & 1) == 1), lower, 0.0))
+    for level in range(1, 6):
+        x16 = x.astype(jnp.float16)
+        z = times((minus,), x16).astype(jnp.float16)
+        z = times((x16,), z)
+        left_block = jnp.where(((row >> level) & 1) == 1, (row >> level) - 1, -1)
+        x = plgpu.layout_cast(jnp.where(left_block == (col >> level), z, x), WGMMA)
+    x16 = x.astype(jnp.float16)
+    x = x16.astype(jnp.float32)
+    rest = jnp.where(row == col, 1.0, 0.0) - x + times((minus, minus_low), x16)
+    return x + times((x16,), rest.astype(jnp.float16))
 
 
 def weighted_pass(x, y, z, a, total, init, *, reverse, pieces, keep=False, interpret=None):
@@ -279,26 +355,26 @@ def chunk_gradients(*arrays, scale, interpret=None):
     Returns: dict with dq, dk, dg [B, T, H, K], dg in the dtype of g; with dv (then K = V) also held, float32
       [B, H, T], the row sums of dV * V.
     """
-    def strong(*arrays):
-        made = strong_gradients(*arrays, scale=scale, interpret=interpret)
-        return made | ({"held": jnp.sum(made["held"], axis=2)} if "held" in made else {})
-
-    def moderate(*arrays):
-        return moderate_gradients(*arrays, scale=scale, interpret=interpret)
-
     total = arrays[5]
-    return lax.cond(jnp.min(total) < 1.0 - REACH, strong, moderate, *arrays)
+    strong = (jnp.min(total, axis=-1) < 1.0 - REACH).astype(jnp.float32)
+    made = moderate_gradients(strong, *arrays, scale=scale, interpret=interpret)
+    return strong_gradients(made, strong, *arrays, scale=scale, interpret=interpret)
 
 
-def strong_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale, interpret=None):
-    """`chunk_gradients` whatever the decays, but held [B, H, K/64, T], in parts to be added up."""
+def strong_gradients(made, strong, q, k, v, do, g, total, entering, leaving, dv=None, *, scale, interpret=None):
+    """Puts the gradients of the chunks with strong [B, H, N] > 0 into `made`, the results of `moderate_gradients`.
+
+    Resident programs take these chunks, whatever their decays, and leave at once where they have none.
+    """
     b_size, t_size, heads, k_size = q.shape
     v_size, dtype = v.shape[-1], q.dtype
     chunks, n, n_v = t_size // CHUNK, k_size // BLOCK, v_size // BLOCK
     erase = dv is not None
-    operands = present(q=q, k=k, v=v, do=do, dv=dv, g=g, total=total, entering=entering, leaving=leaving)
-    outs = {"dq": jax.ShapeDtypeStruct(q.shape, dtype), "dk": jax.ShapeDtypeStruct(k.shape, dtype),
-            "dg": jax.ShapeDtypeStruct(g.shape, g.dtype)}
+    items = strong.size * n
+    turns = pl.cdiv(pl.cdiv(items, PROGRAMS), BLOCK) * BLOCK  # of one program, which takes every PROGRAMS-th item
+    flags = jnp.repeat(strong.reshape(-1), n)
+    flags = jnp.pad(flags, (0, PROGRAMS * turns - items)).reshape(turns, PROGRAMS).T
+    operands = present(q=q, k=k, v=v, do=do, dv=dv, g=g, total=total, entering=entering, leaving=leaving, flags=flags)
     values = ("do", "v", "dv")[: 2 + erase]
     # Lists where a tile is a product's operand by name: an operand cannot be indexed with a Python int.
     scratch = {name: [tile(SQUARE, dtype)] * n_v for name in ("do", "entering", "leaving")}
@@ -308,15 +384,26 @@ def strong_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale
         scratch["dv"] = tile((2, *SQUARE), dtype)
     scratch |= {"q": tile(SQUARE, dtype), "k": tile(SQUARE, dtype), "log_decay": tile(SQUARE, jnp.float16),
                 "carried": plgpu.SMEM((BLOCK,), jnp.float32)}
-    if erase:
-        outs["held"] = jax.ShapeDtypeStruct((b_size, heads, n, t_size), jnp.float32)
 
     def body(*refs):
-        names = (*operands, *outs)
+        names = (*operands, *made)
         gmem = dict(zip(names, refs[: len(names)], strict=True))
         smem, loaded = refs[len(names):]
-        column, chunk, batch = lax.axis_index("column"), lax.axis_index("chunk"), lax.axis_index("batch")
-        head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
+        program = lax.axis_index("program")
+        mine = gmem["flags"].at[program]
+
+        @pl.when(jnp.max(plgpu.load(mine, layout=WGMMA.reduce(1), optimized=False)) > 0)
+        def _():
+            @pl.loop(0, turns)
+            def _(i):
+                @pl.when(mine[i] > 0)
+                def _():
+                    one_chunk(program + i * PROGRAMS, gmem, smem, loaded)
+
+    def one_chunk(item, gmem, smem, loaded):
+        index, part = lax.div(item, jnp.int32(n)), lax.rem(item, jnp.int32(n))
+        index, chunk = lax.div(index, jnp.int32(chunks)), lax.rem(index, jnp.int32(chunks))
+        batch, head = lax.div(index, jnp.int32(heads)), lax.rem(index, jnp.int32(heads))
         here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
 
         def tiles_of(name):
@@ -358,8 +445,12 @@ def strong_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale
         if erase:
             w, w_low = two_parts(w, dtype)
             w_erase, w_erase_low = two_parts(between_halves("dv", "v", row, col), dtype)
-            held = jnp.sum(load(smem["dv"].at[part]) * load(smem["v"].at[part]), axis=1)
-            gmem["held"].at[batch, head, part, here][...] = held
+
+            @pl.when(part == 0)
+            def _():
+                held = (load(a) * load(b) for a, b in zip(tiles_of("dv"), tiles_of("v"), strict=True))
+                gmem["held"].at[batch, head, here][...] = jnp.sum(sum(held), axis=1)
+
         else:
             w = w.astype(dtype)
         states = zip(tiles_of("entering"), tiles_of("leaving"), strict=True)
@@ -444,18 +535,19 @@ def strong_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale
         plgpu.copy_smem_to_gmem(smem["k"], gmem["dk"].at[batch, here, head, mine])
         plgpu.wait_smem_to_gmem(0)
 
-    arrivals = (len(values) + 2) * n_v + 2
-    got = plgpu.kernel(
-        body, out_type=tuple(outs.values()), scratch_types=(scratch, plgpu.Barrier(num_arrivals=arrivals)),
-        grid=(heads * n, chunks, b_size), grid_names=("column", "chunk", "batch"), interpret=interpret,
+    run = plgpu.kernel(
+        body, scratch_types=(scratch, plgpu.Barrier(num_arrivals=(len(values) + 2) * n_v + 2)),
+        grid=(PROGRAMS,), grid_names=("program",), interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256),
-    )(*operands.values())
-    return dict(zip(outs, got, strict=True))
+    )
+    put = pl.run_state(lambda refs: run(*operands.values(), *refs))(tuple(made.values()))
+    return dict(zip(made, put, strict=True))
 
 
-def moderate_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, scale, interpret=None):
-    """`chunk_gradients` where no channel of any chunk decays by more than 2^-REACH: one product makes all scores.
+def moderate_gradients(strong, q, k, v, do, g, total, entering, leaving, dv=None, *, scale, interpret=None):
+    """Gradients of the chunks where no channel decays by more than 2^-REACH: one product makes all scores.
 
+    The chunks with strong [B, H, N] > 0 are left out.
     With c = 2^(-REACH / 2), b shifted by REACH / 2 and Z_q = q e^b, Z_k = -k e^b, Z_w = k e^-b as rounded:
       dZ_q = c scale dO S^T + W Z_w,   dZ_k = c dV S^T + (dV V^T) Z_w,   dZ_w = W^T Z_q + (dV V^T)^T Z_k
     with scores between different tokens: one accumulator for each, and one product with it for each gradient.
@@ -464,7 +556,7 @@ def moderate_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, sca
     v_size, dtype = v.shape[-1], q.dtype
     chunks, n, n_v = t_size // CHUNK, k_size // BLOCK, v_size // BLOCK
     erase = dv is not None
-    operands = present(q=q, k=k, v=v, do=do, dv=dv, g=g, total=total, entering=entering, leaving=leaving)
+    operands = present(q=q, k=k, v=v, do=do, dv=dv, g=g, total=total, entering=entering, leaving=leaving, strong=strong)
     outs = {"dq": jax.ShapeDtypeStruct(q.shape, dtype), "dk": jax.ShapeDtypeStruct(k.shape, dtype),
             "dg": jax.ShapeDtypeStruct(g.shape, g.dtype)}
     if erase:
@@ -482,7 +574,7 @@ def moderate_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, sca
         gmem = dict(zip(names, refs[: len(names)], strict=True))
         smem, loaded = refs[len(names):]
         (before, ones), z_w = smem[spent]
-        smem = smem | {spent: [before, z_w]}
+        smem = smem | {spent: [before, z_w], "ones": ones}
         column, chunk, batch = lax.axis_index("column"), lax.axis_index("chunk"), lax.axis_index("batch")
         head, part = lax.div(column, jnp.int32(n)), lax.rem(column, jnp.int32(n))
         here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
@@ -495,14 +587,23 @@ def moderate_gradients(q, k, v, do, g, total, entering, leaving, dv=None, *, sca
         for name in ("q", "k"):
             plgpu.copy_gmem_to_smem(gmem[name].at[batch, here, head, mine], smem[name], loaded)
 
-        # What needs the decays alone, while the tiles arrive.
-        row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=WGMMA)
-        col = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=WGMMA)
+        # Read while the tiles arrive: after the barrier a program would wait for one read after the other.
+        left_out = gmem["strong"][batch, head, chunk] > 0
+        total_row = plgpu.load(gmem["total"].at[batch, head, chunk, mine], layout=WGMMA.reduce(1), optimized=False)
         decays = smem["log_decay"]
         decays[...] = load_decays(gmem["g"].at[batch, here, head, mine]).astype(decays.dtype)
         plgpu.commit_smem()
-        total_row = plgpu.load(gmem["total"].at[batch, head, chunk, mine], layout=WGMMA.reduce(1), optimized=False)
-        plgpu.barrier_wait(loaded)
+        plgpu.barrier_wait(loaded)  # also where the chunk is left out: no transfer may outlive its program
+
+        @pl.when(jnp.logical_not(left_out))
+        def _():
+            one_chunk(gmem, smem, total_row, batch, head, part, chunk)
+
+    def one_chunk(gmem, smem, total_row, batch, head, part, chunk):
+        (before, z_w), ones, decays = (smem[name] for name in (spent, "ones", "log_decay"))
+        here, mine = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * BLOCK, BLOCK)
+        row = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=WGMMA)
+        col = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=WGMMA)
 
         def put_parts(x, into):
             """Stores x, in as many parts as tiles are given, each with what the last has left; returns the tiles."""

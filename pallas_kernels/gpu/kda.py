@@ -1,9 +1,9 @@
 """Kimi Delta Attention (2510.26692) on Hopper GPUs: the delta rule with a decay per key channel.
 
 Forward: what each chunk makes alone (scores, decayed keys, triangular inverse), all chunks in parallel, then one walk
-with the state on chip. Residuals are the inputs and those weights; the backward pass repeats the walk to write the
-states entering the chunks, walks back for dv and the gradients of the states, and makes the other gradients with all
-chunks in parallel. No inverse is differentiated.
+with the state on chip. Residuals are q, k and the gates, those weights, U and the states entering the chunks; the
+backward pass walks back for dv and the gradients of the states, and makes the other gradients with all chunks in
+parallel. No inverse is differentiated.
 """
 import functools
 
@@ -39,26 +39,27 @@ def _kda(q, k, v, beta, log_decay, init, scale, interpret):
 
 def _forward(q, k, v, beta, log_decay, init, scale, interpret, keep=True):
     weights = chunk_weights(q, k, log_decay, by_chunk(beta), scale=scale, keep=keep, interpret=interpret)
-    out = kda_forward(weights, v, init, output=True, split=value_programs(v), interpret=interpret)
-    return (out["o"], out["state"]), weights
+    walk = kda_forward(weights, v, init, keep=keep, split=value_programs(v), interpret=interpret)
+    made = {name: weights[name] for name in ("a", "w", "x", "y", "total")}
+    return (walk["o"], walk["state"]), made | {name: walk[name] for name in ("u", "entering") if keep}
 
 
 def _vjp_forward(q, k, v, beta, log_decay, init, scale, interpret):
     arrays = tuple(None if a is None else a.value for a in (q, k, v, beta, log_decay, init))
-    out, weights = _forward(*arrays, scale, interpret)
-    return out, (arrays, weights)
+    out, made = _forward(*arrays, scale, interpret)
+    q, k, v, beta, log_decay, init = arrays
+    return out, ((q, k, beta, log_decay, None if init is None else ()), made)
 
 
 def _vjp_backward(scale, interpret, residuals, cotangents):
-    (q, k, v, beta, log_decay, init), weights = residuals
+    (q, k, beta, log_decay, has_init), made = residuals
     do, dfinal = (None if isinstance(ct, SymbolicZero) else ct for ct in cotangents)
-    do = jnp.zeros_like(v) if do is None else do
-    walk = kda_forward(weights, v, init, output=False, split=value_programs(v), interpret=interpret)
-    back = kda_reverse(weights, do, dfinal, split=value_programs(v), interpret=interpret)
-    grads = chunk_gradients(q, k, walk["u"], do, log_decay, weights["total"], walk["entering"], back["entering"],
+    do = jnp.zeros_like(made["u"]) if do is None else do
+    back = kda_reverse(made, do, dfinal, split=value_programs(do), interpret=interpret)
+    grads = chunk_gradients(q, k, made["u"], do, log_decay, made["total"], made["entering"], back["entering"],
                             back["dv"], scale=scale, interpret=interpret)
     dbeta = grads["held"].transpose(0, 2, 1) / jnp.maximum(beta * beta, TINY)
-    return grads["dq"], grads["dk"], back["dv"], dbeta, grads["dg"], None if init is None else back["state"]
+    return grads["dq"], grads["dk"], back["dv"], dbeta, grads["dg"], None if has_init is None else back["state"]
 
 
 _kda.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

@@ -15,40 +15,46 @@ from pallas_kernels.gpu.tiles import T_CONTRACT, WGMMA, add_products, present, p
 from pallas_kernels.gpu.walk import walk_chunks
 
 
-def kda_forward(weights, v, init, *, output, split, interpret=None):
-    """Outputs and final state, or, without `output`, what the backward pass needs.
+def kda_forward(weights, v, init, *, keep, split, interpret=None):
+    """Outputs and final state, and with `keep` what the backward pass needs.
 
     Args:
       weights: the dict of `chunk_weights`; v: [B, T, H, V] bf16, V in {64, 128}; init: float32 [B, H, K, V] or None.
       split: programs per head, each with its own value columns.
-    Returns: dict with state [B, H, K, V] float32 and o [B, T, H, V], or instead of o, u [B, T, H, V] and the states
+    Returns: dict with state [B, H, K, V] float32 and o [B, T, H, V], with `keep` also u [B, T, H, V] and the states
       entering the chunks, entering [B, H, N, K, V] bf16.
     """
-    keys = {name: weights[name] for name in ("w", "y", *("x" if output else ()))}
-    squares = {name: weights[name] for name in (("a",) if output else ("t", "t_low"))}
+    keys = {name: weights[name] for name in ("w", "y", "x")}
+    solved = ("t", "t_low") if keep else ()
+    squares = {name: weights[name] for name in ("a", *solved)}
     arrays = present(total=weights["total"], z=v, init=init)
-    results = ("o",) if output else ("u", "entering")
+    results = ("o", "u", "entering") if keep else ("o",)
 
     def chunk(walk):
-        smem, s16, own = walk.smem, walk.state16, walk.own
-        if output:
-            error, result = products((smem("w"), s16), (smem("x"), s16))
-        else:
-            error, = products((smem("w"), s16))
-            result = plgpu.layout_cast(jnp.zeros_like(error), WGMMA)
-        error = error + plgpu.load(smem("z"), layout=WGMMA).astype(jnp.float32)
+        smem, s16, own, values = walk.smem, walk.state16, walk.own, walk.smem("z")
+        error, result = products((smem("w"), s16), (smem("x"), s16))
+        error = error + plgpu.load(values, layout=WGMMA).astype(jnp.float32)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk wrote has left shared memory
         own[...] = error.astype(own.dtype)
         plgpu.commit_smem()
-        write = walk.decayed(walk.state), smem("y").transpose(T_CONTRACT), own
-        left = tuple(map(smem, squares))
-        state, result = add_products(write, (result, left, (own,) * len(left)), interpret=interpret)
+        terms = [(walk.decayed(walk.state), smem("y").transpose(T_CONTRACT), own), (result, smem("a"), own)]
+        if keep:
+            walk.wait_late()
+            nothing = plgpu.layout_cast(jnp.zeros_like(error), WGMMA)
+            terms.append((nothing, tuple(map(smem, solved)), (own, own)))
+        state, result, *u = add_products(*terms, interpret=interpret)
         own[...] = result.astype(own.dtype)
+        if keep:
+            values[...] = u[0].astype(own.dtype)
         plgpu.commit_smem()
-        walk.store(results[0], own)
+        walk.store("o", own)
+        if keep:
+            walk.store("u", values)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the stage is about to be filled again
         return state
 
-    return walk_chunks(chunk, keys, squares, arrays, results, reverse=False, split=split, interpret=interpret)
+    return walk_chunks(chunk, keys, squares, arrays, results, reverse=False, split=split, late=solved,
+                       interpret=interpret)
 
 
 def kda_reverse(weights, do, dfinal, *, split, interpret=None):

@@ -121,12 +121,11 @@ def later_scores(a, c_row, c_ref):
 
 
 def _on_chip(left, right, tile, *, interpret):
-    """left @ right of [64, 64] fp16 registers (left may be a tuple of terms), through a tile of shared memory."""
-    left = left if isinstance(left, tuple) else (left,)
+    """left @ right of [64, 64] fp16 registers, through a tile of shared memory."""
     tile[...] = right
     plgpu.commit_smem()
     zero = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), WGMMA)
-    return add_products((zero, left, (tile,) * len(left)), interpret=interpret)[0]
+    return add_products((zero, left, tile), interpret=interpret)[0]
 
 
 def two_parts(x, dtype):
@@ -153,17 +152,6 @@ def unit_lower_inverse(lower, tile, *, interpret):
         differ = row ^ col
         x = jnp.where((row > col) & (differ >= size) & (differ < 2 * size), z, x)
     return x
-
-
-def refined_inverse(x, lower, tile, *, interpret):
-    """X + X (I - X - lower X): the inverse x of `unit_lower_inverse` to nearly float32's digits."""
-    row = plgpu.broadcasted_iota(jnp.int32, lower.shape, 0, layout=WGMMA)
-    col = plgpu.broadcasted_iota(jnp.int32, lower.shape, 1, layout=WGMMA)
-    x16 = x.astype(jnp.float16)
-    x = x16.astype(jnp.float32)
-    rest = _on_chip(two_parts(lower, jnp.float16), x16, tile, interpret=interpret)
-    rest = jnp.where(row == col, 1.0, 0.0) - x - rest
-    return x + _on_chip(x16, rest.astype(jnp.float16), tile, interpret=interpret)
 
 
 class Walk:

@@ -40,11 +40,11 @@ def errors(arrays, do, dstate, **options):
 def test_forward_and_backward_lower_for_hopper(k, v):
     arrays, *cotangents = make(2, 1100, 3, k, v)
     kernels = kernels_lowered(gpu.linear_attention, arrays, tuple(cotangents), scale=1.0)
-    assert kernels >= 8  # two of them for the states that enter the pieces, two kinds of gradients
+    assert kernels >= 7  # two of them for the states that enter the pieces, two kinds of gradients
 
 
 def strong_later(arrays):
-    """The second chunk of the second head decays too much for one product of scores: other kernels' work, one call."""
+    """The second chunk of the second head decays too much for one product of scores: another kernel's work."""
     *others, log_decay, state = arrays
     return *others, log_decay.at[:, 64:128, 1].multiply(400), state
 
@@ -56,9 +56,12 @@ def gradients_of_both_kinds(erase, d, interpret=None):
     entering, leaving = (jnp.asarray(rng.normal(size=(1, 2, 1, d, d)), jnp.bfloat16) for _ in range(2))
     total = jnp.sum(g.astype(jnp.float32), axis=1)[:, :, None] * gates.LOG2E
     arrays = (q, k, v, do, g, total, entering, leaving, *((do[:, ::-1],) if erase else ()))
-    kinds = channel_pass.strong_gradients, channel_pass.moderate_gradients
-    got = [jax.jit(functools.partial(kind, scale=0.1, interpret=interpret))(*arrays) for kind in kinds]
-    return [jax.tree.map(lambda x: np.asarray(x, np.float64), {n: made[n] for n in ("dq", "dk", "dg")}) for made in got]
+    strong, moderate = (jax.jit(functools.partial(kind, scale=0.1, interpret=interpret))
+                        for kind in (channel_pass.strong_gradients, channel_pass.moderate_gradients))
+    none = jnp.zeros((1, 2, 1))
+    made = moderate(none, *arrays)
+    got = strong(jax.tree.map(jnp.zeros_like, made), none + 1, *arrays), made
+    return [jax.tree.map(lambda x: np.asarray(x, np.float64), gradients) for gradients in got]
 
 
 @as_written

@@ -21,17 +21,17 @@ def make(b, t, h, d, *, gate=-3.0, gate_dtype=jnp.float32, **options):
 @pytest.mark.parametrize("d", [64, 128])
 def test_forward_and_backward_lower_for_hopper(d):
     arrays, *cotangents = make(2, 300, 3, d)
-    assert kernels_lowered(gpu.delta_rule, arrays, tuple(cotangents), scale=1.0) >= 6  # two kinds of gradients
+    assert kernels_lowered(gpu.delta_rule, arrays, tuple(cotangents), scale=1.0) >= 5  # two kinds of gradients
 
 
 def strong_later(arrays):
-    """The second chunk of the second head decays too much for one product of scores: other kernels' work, one call."""
+    """The second chunk of the second head decays too much for one product of scores: another kernel's work."""
     *others, log_decay, state = arrays
     return *others, log_decay.at[:, 64:128, 1].multiply(400), state
 
 
 @as_written
-@pytest.mark.parametrize("case", ["segments", "moderate", "both kinds of chunks"])
+@pytest.mark.parametrize("case", ["segments", "both kinds of chunks"])
 def test_interpreted_matches_the_reference_without_races(case, capsys):
     arrays, *cotangents = make(1, 100, 1 + (case == "both kinds of chunks"), 64, initial=True)
     ids = jnp.asarray(np.repeat([[1, 2, 2, 3, 0]], 20, axis=1).reshape(1, 100), jnp.int32)
