@@ -7,6 +7,9 @@ overrides such as --config.train.grad_accum=4 hold for all models. Models compil
 are then timed in turns, a process after the other, so that each has the device's memory for itself. `tokens_per_s`
 is the median of steps queued back to back, `mfu` counts model FLOPs (causal), `first_step_s` is tracing, compiling and
 the first step, `peak_gib` the most memory that arrays took, parameters and optimizer included.
+
+Models that wait for their turn keep what tuning took of the device's memory: where a large one fails for want of it,
+--jobs 1 compiles one after the other in one process.
 """
 
 import argparse

@@ -20,7 +20,7 @@ import sys
 from pallas_kernels.commands import BadInput, Parser, command
 from pallas_kernels.gpu.bench_cases import FAMILIES
 
-ROWS = tuple(f"analysis/results/kernels/{name}.json" for name in ("h100_earlier", "h100_shapes", "h100"))
+ROWS = ("analysis/results/kernels/h100.json",)
 PEERS = ("analysis/results/kernels/h100_peers_recorded.json", "analysis/results/kernels/h100_peers.json")
 MODES = ("fwd", "fwdbwd")
 
