@@ -6,6 +6,7 @@ import time
 from collections import Counter
 
 from efficient_lm import config as configs
+from efficient_lm.data.store import open_store
 from pallas_kernels import commands
 from sweeps import local, plan
 from sweeps.store import Store
@@ -46,8 +47,9 @@ def _launch(args, overrides) -> int:
 def run_local(planned, store: Store, workers: int, *, again=False, order="dearest", progress=True, **options) -> int:
     """Trains what is missing on this machine, says how it went and returns the exit code of `launch`."""
     with store.locked():
-        save_plan(planned, store)
         cells = waiting_cells(planned.cells, store, again=again, order=order)
+        require_data(cells)
+        save_plan(planned, store)
         started = time.monotonic()
         outcome = local.Launcher(store, workers, progress=progress, **options).run(cells) if cells else local.Outcome()
     print(summary(planned.cells, store, len(outcome.status), time.monotonic() - started))
@@ -62,6 +64,12 @@ def waiting_cells(cells, store: Store, *, again: bool, order: str = "dearest") -
     wanted = {"missing", "preempted", "stale"} | ({"failed"} if again else set())
     waiting = [cell for cell in cells if store.state(cell.run_id) in wanted]
     return longest_first(waiting) if order == "dearest" else waiting
+
+
+def require_data(cells) -> None:
+    """Raises ConfigError where prepared data are missing or damaged: every cell that reads them would fail."""
+    for path in sorted({cell.config.data.path for cell in cells if cell.config.data.source == "prepared"}):
+        open_store(path)
 
 
 def longest_first(cells) -> list:

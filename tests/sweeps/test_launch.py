@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from efficient_lm.metrics import write_json
-from efficient_lm.schema import to_dict
+from efficient_lm.schema import ConfigError, to_dict
 from sweeps import launch, local, status, worker
 from sweeps.plan import make_plan
 from sweeps.store import Store
@@ -55,6 +55,16 @@ def trained(store, cell):
 
 def run(plan, store, workers=2, **options):
     return launch.run_local(plan, store, workers, progress=False, trainer=FAKE, **options)
+
+
+def test_missing_data_refuse_the_sweep_before_a_cell_fails(make_sweep, tmp_path):
+    plan, store = make_sweep("ok", "ok"), Store(tmp_path / "store")
+    config = plan.cells[1].config
+    data = dataclasses.replace(config.data, source="prepared", path=str(tmp_path / "none"))
+    plan.cells[1] = dataclasses.replace(plan.cells[1], config=dataclasses.replace(config, data=data))
+    with pytest.raises(ConfigError, match="none': no spec.json; make it with"):
+        run(plan, store)
+    assert states(plan, store) == ["missing", "missing"] and not (store.path / "sweep.json").exists()
 
 
 @pytest.mark.quick
