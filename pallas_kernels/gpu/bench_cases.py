@@ -145,6 +145,15 @@ FAMILIES = {
 }
 
 
+def chosen(parser, text, allowed):
+    """The names of a comma list `text` of --families; the parser's error at one that is not `allowed`."""
+    names = text.split(",")
+    for name in names:
+        if name not in allowed:
+            parser.error(f"--families {name}: allowed are {', '.join(allowed)}")
+    return names
+
+
 def make_inputs(family, shape, key):
     """Arguments by name, in the dtypes that the kernels take."""
     arrays = family.make(key, *shape)

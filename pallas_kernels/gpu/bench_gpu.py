@@ -30,7 +30,7 @@ import numpy as np
 from pallas_kernels.bench.timing import seconds
 from pallas_kernels.bench.turns import compile_all, run_all
 from pallas_kernels.commands import Parser, command
-from pallas_kernels.gpu.bench_cases import FAMILIES, SHAPES, forward, forward_backward, make_inputs, work
+from pallas_kernels.gpu.bench_cases import FAMILIES, SHAPES, chosen, forward, forward_backward, make_inputs, work
 
 L2_FLUSH = 2**26  # float32 numbers: several times the cache
 SECONDS = 0.15  # of timing, per convention
@@ -220,10 +220,7 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() - 3), help="processes that compile")
     parser.add_argument("--compile-seconds", type=float, default=150, help="begin to compile nothing after so long")
     args = parser.parse_args(argv)
-    families = args.families.split(",")
-    for name in families:
-        if name not in FAMILIES:
-            parser.error(f"--families {name}: allowed are {', '.join(FAMILIES)}")
+    families = chosen(parser, args.families, FAMILIES)
     if not set(args.shapes.split(",")) <= set(map(str, range(len(SHAPES)))):
         parser.error(f"--shapes {args.shapes}: allowed are indices from 0 to {len(SHAPES) - 1}")
     if args.jobs < 1:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.commands import Parser, command
-from pallas_kernels.gpu.bench_cases import FAMILIES, forward, forward_backward, make_inputs
+from pallas_kernels.gpu.bench_cases import FAMILIES, chosen, forward, forward_backward, make_inputs
 
 OWN = {name: family for name, family in FAMILIES.items() if family.implementation == "pallas_gpu"}
 SHAPES = ((1, 130, 2, 64), (1, 130, 2, 128), (1, 2100, 1, 64))  # B, T, H, D; the last one in pieces
@@ -47,13 +47,11 @@ def main(argv=None):
     )
     parser.add_argument("--families", default=",".join(OWN), help="comma list of: %(default)s")
     args = parser.parse_args(argv)
-    for name in args.families.split(","):
-        if name not in OWN:
-            parser.error(f"--families {name}: allowed are {', '.join(OWN)}")
+    names = chosen(parser, args.families, OWN)
     if jax.default_backend() != "gpu":
         parser.error(f"a GPU is needed, the default backend is {jax.default_backend()}")
     finite = True
-    for name in args.families.split(","):
+    for name in names:
         for shape in shapes(OWN[name]):
             run = jax.jit(program(OWN[name], "pallas_gpu", shape))
             sums = {key: float(jnp.sum(x, dtype=jnp.float32)) for key, x in run(jax.random.key(0)).items()}
